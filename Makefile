@@ -1,0 +1,36 @@
+# make test        sets up and tests every notebook and tests/
+# make notebooks   executes every notebook in place and cleans it
+# make lab         opens JupyterLab on the notebooks
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+# two notebooks or runs at a time, one thread each: on a small net a second thread costs more than it gives
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: setup test notebooks lab clean
+
+setup: $(READY)
+
+$(READY): requirements.lock settings.ini setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"repopt needs Python 3.11 or newer, this is {v.major}.{v.minor}; name another one with make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U pip setuptools
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[dev]'
+	touch $@
+
+test: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/run.py --jobs $(JOBS)
+
+notebooks: $(READY)
+	$(BIN)/nbdev_export
+	$(ONE_THREAD) $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb
+	$(BIN)/nbdev_clean
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .snakemake nbs/.ipynb_checkpoints
