@@ -146,16 +146,17 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(m, CSLA): setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m.fuse())
     return model
 
-# %% ../nbs/02_models.ipynb #21142222
+# %% ../nbs/02_models.ipynb #2f501265
 MODES = ("target", "csla", "hs")
 
 def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_chans: int = 3, strides=None, se: bool = False,
                  init: str = "msra", scales=None, folded: bool = True) -> VGG:
     """`repoptvgg_<shape>` as `target`, `csla` or `hs`, or `repvgg_<shape>`, freshly initialised (`init='msra'` or `'torch'`).
 
-    `strides`: five numbers; an hs model keeps its identities where the *target* of this name has one, whatever strides it is given (Table 6).
+    `…_se` or `se=True`: SE blocks. `strides`: five numbers; an hs model keeps its identities where the *target* of this name has one, whatever strides it is given (Table 6).
     `scales` (csla, hs): `Scales`, `'ones'` or `'sqrt2l'` (default). `folded`: see `CSLA`. ValueError for what does not exist."""
-    family, _, size = name.partition("_")
+    family, _, size = name.removesuffix("_se").partition("_")
+    se = se or name.endswith("_se")
     if family not in ("repoptvgg", "repvgg") or size not in SHAPES:
         raise ValueError(f"unknown model {name!r}: there are " + ", ".join(f"{f}_{s}" for f in ("repoptvgg", "repvgg") for s in SHAPES))
     if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: there are {', '.join(MODES)}")
@@ -210,7 +211,7 @@ def draw_block(ax, branches, after: str, title: str = "") -> None:
     box(0, 4.6, "ReLU" if after == "BN" else "BN, ReLU", "#fdd0a2")
     ax.plot([0, 0], [-.3, 0], c=".5", lw=1, zorder=0); ax.plot([0, 0], [3.7, 4.3], c=".5", lw=1, zorder=0)
 
-# %% ../nbs/02_models.ipynb #f92b1c4a
+# %% ../nbs/02_models.ipynb #b6c50e6e
 def figure2():
     "Fig. 2: the structure with the prior, its CSLA block, the Hyper-Search block that finds the scales, the target with its Grad Mult"
     import matplotlib.pyplot as plt
@@ -223,9 +224,7 @@ def figure2():
     draw_block(axs[3], {"conv": b["conv"]}, "", "4. the target, trained by\na RepOptimizer made of s and t")
     fig.tight_layout(); return fig
 
-figure2();
-
-# %% ../nbs/02_models.ipynb #09412053
+# %% ../nbs/02_models.ipynb #a5a96999
 def figure1():
     "Fig. 1: a regular block, RepVGG and RepOpt-VGG, with their parameters for two channels"
     import matplotlib.pyplot as plt
@@ -236,11 +235,9 @@ def figure1():
     M = GradMult({"conv": torch.tensor([.6, .9]), "conv_1x1": torch.tensor([.5, .8]), "identity": torch.ones(2)}, op.weight.shape).dense()
     fig, axs = plt.subplots(2, 3, figsize=(9, 5.2), height_ratios=(2, 1.2))
     draw_block(axs[0, 0], {"conv": b["conv"]}, "", "(a) regular"); draw_block(axs[0, 1], b, "BN", "(b) RepVGG in training"); draw_block(axs[0, 2], {"conv": b["conv"]}, "", "(c) RepOpt-VGG")
-    parts = [[("$W$", tiles(draw("conv")))], [("3×3", tiles(draw("conv"))), ("1×1", draw("conv_1x1").flatten(1)), ("γ, β, μ, σ\n× 3", torch.zeros(2, 2))], [("$W$", tiles(draw("conv"))), ("Grad Mult", tiles(M))]]
+    parts = [[("$W$", tiles(draw("conv")))], [("3×3", tiles(draw("conv"))), ("1×1", draw("conv_1x1").flatten(1)), ("γ, β, μ, σ of 3 BN", torch.tensor([[1., 0., 0., 1.]]).T.repeat(1, 6))], [("$W$", tiles(draw("conv"))), ("Grad Mult", tiles(M))]]
     for ax, ps in zip(axs[1], parts):
         ax.axis("off")
         for i, (name, t) in enumerate(ps):
-            a = ax.inset_axes([(i + .5)/len(ps) - .14, .12, .28, .62]); a.imshow(t.detach(), cmap="viridis" if name == "Grad Mult" else "RdBu", vmin=0 if name == "Grad Mult" else -1); a.set(xticks=[], yticks=[]); a.set_title(name, fontsize=8)
+            a = ax.inset_axes([(i + .5)/len(ps) - .14, .12, .28, .62]); a.imshow(t.detach(), **(dict(cmap="viridis", vmin=0) if name == "Grad Mult" else dict(cmap="RdBu", vmin=-1, vmax=1))); a.set(xticks=[], yticks=[]); a.set_title(name, fontsize=8)
     fig.tight_layout(); return fig
-
-figure1();
