@@ -172,7 +172,7 @@ class Block:
     def module(self, **kwargs) -> "CSLA": return CSLA(self, **kwargs)
     def target(self, **kwargs) -> nn.Module: return self.module(**kwargs).fuse()
 
-# %% ../nbs/00_csla.ipynb #fe4d9eb1
+# %% ../nbs/00_csla.ipynb #41b69488
 def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Tensor) -> Tensor:
     "Σ α L θ for a kernel shaped like `W`; differentiable in the scales and in the parameters."
     rows = lambda s: s if s.ndim == 0 else s.reshape(-1, *[1] * (W.ndim - 1))
@@ -181,7 +181,7 @@ def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Te
 
 def _scale(name, value, W):
     "`value` as a tensor of W's dtype, checked: scalar or one per output channel, finite."
-    v = torch.as_tensor(value, dtype=W.dtype).detach()
+    v = (value.detach() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(W.dtype)
     if v.ndim and v.shape != W.shape[:1]: raise ValueError(f"scale {name!r} has shape {tuple(v.shape)}, expected a scalar or ({W.shape[0]},)")
     if not v.isfinite().all(): raise ValueError(f"scale {name!r} is not finite")
     return v

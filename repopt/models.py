@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODES', 'Shape', 'SE', 'ConvBlock', 'RepVGGBlock', 'branch_kernels', 'reparameterize', 'VGG', 'to_branches',
-           'merge', 'create_model', 'count', 'kernel_distance', 'draw_block', 'figure2', 'figure1']
+           'merge', 'create_model', 'initial_scales', 'count', 'kernel_distance', 'draw_block', 'figure2', 'figure1']
 
 # %% ../nbs/02_models.ipynb #b1492eff
 from copy import deepcopy
@@ -146,7 +146,7 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(m, CSLA): setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m.fuse())
     return model
 
-# %% ../nbs/02_models.ipynb #2f501265
+# %% ../nbs/02_models.ipynb #b9a1f586
 MODES = ("target", "csla", "hs")
 
 def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_chans: int = 3, strides=None, se: bool = False,
@@ -167,15 +167,16 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
     block = RepVGGBlock if family == "repvgg" else ConvBlock
     model = VGG(SHAPES[size], block, num_classes, in_chans, strides, se, name, device="meta" if branched else None)
     if branched:
-        if scales is None or isinstance(scales, str): scales = initial(_meta_target(name, in_chans), scales or "sqrt2l")
+        if scales is None or isinstance(scales, str): scales = initial_scales(name, scales or "sqrt2l")
         return to_branches(model, scales, trainable=mode == "hs", folded=folded, init=init, device=torch.get_default_device())
     for m in model.modules():
         if isinstance(m, nn.Conv2d): init_(Conv(), m.weight.data, init)
     return model
 
 
-def _meta_target(name, in_chans):
-    with torch.device("meta"): return create_model(name, in_chans=in_chans)
+def initial_scales(name: str, how: str = "sqrt2l") -> Scales:
+    "`Scales.initial` for a model by name, which need not be built"
+    with torch.device("meta"): return initial(create_model(name), how)
 
 # %% ../nbs/02_models.ipynb #7ce069c0
 def count(model: nn.Module, size: int = 224, in_chans: int = 3) -> dict:

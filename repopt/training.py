@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'OPTIMIZERS', 'Recipe', 'load_recipe', 'lr_at', 'make_opti
            'TrainingError', 'train_step', 'evaluate', 'Run', 'build_folder', 'build_model', 'run', 'resolve',
            'scale_means', 'run_all', 'parameters', 'cli', 'named_scales', 'main']
 
-# %% ../nbs/03c_training.ipynb #5d20319c
+# %% ../nbs/03c_training.ipynb #4229fa72
 import contextlib, ctypes, difflib, fcntl, json, os, signal, sys, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,9 +24,9 @@ from torch import nn
 from . import checkpoint, records
 from .csla import CSLA
 from .data import AUGMENTS, generator, load_data
-from .models import create_model
+from .models import create_model, initial_scales
 from .optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups
-from .scales import Scales, extract_scales, initial
+from .scales import Scales, extract_scales
 
 # %% ../nbs/03c_training.ipynb #a8477acc
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _empty(folder):
     for p in folder.iterdir():
         if p.name != "lock": p.unlink()
 
-# %% ../nbs/03c_training.ipynb #014e1ec5
+# %% ../nbs/03c_training.ipynb #25def27e
 def _make(folder, asked, recipe, scales, data, device, save_seconds, quiet):
     "Train the run in `folder` to its end and leave record, weights and scales there"
     with torch.random.fork_rng(devices=[]):
@@ -264,7 +264,7 @@ def _make(folder, asked, recipe, scales, data, device, save_seconds, quiet):
         model.load_state_dict(saved["model"]); opt.load_state_dict(saved["optimizer"]); state = saved["position"]
         torch.set_rng_state(saved["rng"])
         print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
-    log = _Progress(f"{asked['model']} {asked['mode']} {asked['optimizer']} {recipe.name} seed {asked['seed']}", recipe.epochs, quiet)
+    log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}", recipe.epochs, quiet)
     _loop(folder, asked, recipe, model, opt, data, state, save_seconds, log)
     _finish(folder, asked, recipe, model, state)
 
@@ -299,7 +299,8 @@ def _loop(folder, asked, recipe, model, opt, data, state, save_seconds, log):
             state.update(index=0, loss=0., seconds=time.time() - began)
             log(state["epochs"][-1], state["seconds"])
 
-# %% ../nbs/03c_training.ipynb #bcac5b3f
+# %% ../nbs/03c_training.ipynb #09944b44
+@torch.no_grad()
 def scale_means(model: nn.Module) -> list:
     "[[mean of s, t, identity] of each block, nan where a block has no such branch] of a Hyper-Search model"
     nan = float("nan")
@@ -370,9 +371,9 @@ def run_all(asked: list, jobs: int = 2) -> list:
     if jobs < 2 or len(asked) < 2 or torch.cuda.is_available(): return [run(**a) for a in asked]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_worker, asked))
 
-# %% ../nbs/03c_training.ipynb #7459d7c4
+# %% ../nbs/03c_training.ipynb #6779fd0c
 def parameters(namespace: dict, names: str, **kinds) -> SimpleNamespace:
-    "What a notebook was given, checked: `names` are its parameters. Adds `.recipe` as a Recipe, `.seeds` as a range, `.test`. ValueError for anything else."
+    "What a notebook was given, checked: `names` are its parameters. `.recipe` and `.search` become Recipes, `.seeds` a range. ValueError for anything else."
     names = names.split()
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
     for k in given:
@@ -383,6 +384,9 @@ def parameters(namespace: dict, names: str, **kinds) -> SimpleNamespace:
     if not isinstance(p.seeds, int) or p.seeds < 1: raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs).items() if v is not None})
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
+    if "search" in names:                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
+        own = p.search is None and p.recipe.data == "digits"
+        p.search = p.recipe if own else Recipe.load(p.search or "cifar", model=p.recipe.model)
     p.seeds, p.jobs = range(p.seeds), 1 if p.test else 2
     return p
 
@@ -405,13 +409,12 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
     recipe = Recipe.load(a.recipe, **over, **({"model": a.model} if a.model else {}))
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
 
-# %% ../nbs/03c_training.ipynb #4aa00b03
+# %% ../nbs/03c_training.ipynb #e15e6a1b
 def named_scales(name, recipe: Recipe):
     "Scales by what a user writes: None, a file, 'ones' or 'sqrt2l', or the name of shipped ones"
     from repopt.scales import load_scales
     if name is None: return None
-    if name in ("ones", "sqrt2l"):
-        with torch.device("meta"): return initial(create_model(recipe.model, num_classes=recipe.num_classes), name)
+    if name in ("ones", "sqrt2l"): return initial_scales(recipe.model, name)
     return Scales.load(name) if Path(name).exists() else load_scales(name)
 
 
