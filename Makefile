@@ -1,5 +1,6 @@
 # make test        sets up and tests every notebook and tests/
-# make notebooks   executes every notebook in place and cleans it
+# make reproduce  runs the argument of the paper on digits, five seeds, and writes figures/
+# make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
 # make lab         opens JupyterLab on the notebooks
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test notebooks lab clean
+.PHONY: setup test reproduce notebooks lab clean
 
 setup: $(READY)
 
@@ -24,10 +25,17 @@ $(READY): requirements.lock settings.ini setup.py
 test: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/run.py --jobs $(JOBS)
 
+reproduce: $(READY)
+	$(ONE_THREAD) $(BIN)/snakemake --profile profiles/local --cores $(JOBS)
+
 notebooks: $(READY)
 	$(BIN)/nbdev_export
 	$(ONE_THREAD) $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb
 	$(BIN)/nbdev_clean
+	$(MAKE) README.md
+
+README.md: nbs/index.ipynb $(READY)
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove_cell --TagRemovePreprocessor.remove_input_tags=remove_input nbs/index.ipynb
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -1,1 +1,26 @@
+"""RepOptimizers: the priors of a model with branches, moved into the optimizer of a plain one. See nbs/ for the argument, README.md for the way in."""
 __version__ = "0.1.0"
+
+from importlib import import_module
+
+_HOME = {name: module for module, names in {
+    "csla": "Block Branch CSLA Conv Depthwise Identity",
+    "grad_mult": "GradMult rep_branches",
+    "scales": "Scales extract_scales load_scales",
+    "optim": "RepAdamW RepOptimizer RepSGD clip_grad_norm_ param_groups",
+    "models": "create_model initial_scales merge to_branches",
+    "training": "Recipe Run run run_all",
+    "hyper_search": "search",
+    "quantization": "quantize",
+}.items() for name in names.split()}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name):
+    "Names are found in their module when they are first used, so that `import repopt` costs nothing and `python -m repopt.…` runs cleanly."
+    if name not in _HOME: raise AttributeError(f"module 'repopt' has no attribute {name!r}")
+    return getattr(import_module(f"repopt.{_HOME[name]}"), name)
+
+
+def __dir__(): return sorted(__all__)

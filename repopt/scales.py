@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .csla import CSLA, Block, Identity, equivalent_kernel, init_
 from .grad_mult import GradMult, named_branch, rep_branches
 
-# %% ../nbs/01a_scales.ipynb #2c9f7d6b
+# %% ../nbs/01a_scales.ipynb #a756729e
 class Scales(Mapping):
     "`{parameter name: {branch name: Tensor[O]}}`, immutable; made from any such mapping. ValueError names everything that is wrong with it."
     def __init__(self, mapping: Mapping, arch: str = "", recipe: str = "", seed=None, accuracy=None, commit: str = ""):
         self.arch, self.recipe, self.seed, self.accuracy, self.commit = arch, recipe, seed, accuracy, commit
-        self._scales = {strip_prefix(p): {n: _vector(s) for n, s in sorted(bs.items(), key=lambda ns: _order(ns[0]))} for p, bs in sorted(mapping.items(), key=lambda pb: natural(pb[0]))}
+        self._scales = {strip_prefix(p): {n: _vector(s) for n, s in sorted(bs.items(), key=lambda ns: _order(ns[0]))} for p, bs in mapping.items()}
         _raise("these scales are not usable", [e for p, bs in self._scales.items() for e in _problems(p, bs)])
 
     def __getitem__(self, parameter): return self._scales[parameter]
@@ -125,11 +125,11 @@ def reinitialize_(self, model: nn.Module, generator=None, identity: str = "one",
 
 Scales.reinitialize_ = reinitialize_
 
-# %% ../nbs/01a_scales.ipynb #e21ef165
+# %% ../nbs/01a_scales.ipynb #90ca40b7
 def _save(self, path) -> Path:
     "Write the scales to `path` (safetensors), whole or not at all."
     path = Path(path)
-    head = dict(format="1", arch=self.arch, recipe=self.recipe, seed=json.dumps(self.seed), accuracy=json.dumps(self.accuracy), commit=self.commit, sha256=self.hash)
+    head = dict(format="1", order=json.dumps(list(self)), arch=self.arch, recipe=self.recipe, seed=json.dumps(self.seed), accuracy=json.dumps(self.accuracy), commit=self.commit, sha256=self.hash)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(self.flat(), tmp, metadata=head)
     os.replace(tmp, path)
@@ -137,7 +137,7 @@ def _save(self, path) -> Path:
 
 Scales.save = _save
 
-# %% ../nbs/01a_scales.ipynb #d5dc365c
+# %% ../nbs/01a_scales.ipynb #63ffdbfc
 def _load(path) -> Scales:
     "Read what `save` wrote. ValueError for another kind of file, a newer format or a file whose values are not the ones that were saved."
     try:
@@ -146,13 +146,13 @@ def _load(path) -> Scales:
     if head.get("format") != "1" or not all("/" in k for k in flat): raise ValueError(f"{path} is not a scales file of format 1 (its header: {head})")
     nested = {}
     for k, s in flat.items(): nested.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2]] = s
-    out = Scales(nested, head["arch"], head["recipe"], json.loads(head["seed"]), json.loads(head["accuracy"]), head["commit"])
+    out = Scales({p: nested[p] for p in json.loads(head["order"])}, head["arch"], head["recipe"], json.loads(head["seed"]), json.loads(head["accuracy"]), head["commit"])
     if out.hash != head["sha256"]: raise ValueError(f"{path} is damaged: its values have the sha256 {out.hash[:10]}…, its header says {head['sha256'][:10]}…")
     return out
 
 Scales.load = staticmethod(_load)
 
-# %% ../nbs/01a_scales.ipynb #87742b8d
+# %% ../nbs/01a_scales.ipynb #e60db1bc
 def from_released(path, arch: str = "") -> Scales:
     "The authors' RepOpt-VGG scales (`*-scales.pth`). ValueError for a file that carries code or holds anything else."
     try: d = torch.load(path, map_location="cpu", weights_only=True)
@@ -165,7 +165,7 @@ def from_released(path, arch: str = "") -> Scales:
         if m and isinstance(s, Tensor): out.setdefault(f"{m[1]}.conv.weight", {})[names[m[2]]] = s
         else: wrong.append(str(k))
     _raise(f"{path} holds entries that are no scales of a RepOpt-VGG", wrong if d else ["(it is empty)"])
-    return Scales(out, arch=arch, recipe="released")
+    return Scales({p: out[p] for p in sorted(out, key=natural)}, arch=arch, recipe="released")
 
 Scales.from_released = staticmethod(from_released)
 

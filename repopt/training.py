@@ -201,19 +201,21 @@ def build_model(name, mode, recipe: Recipe, in_chans: int, scales=None) -> nn.Mo
     if recipe.bn_batch and recipe.bn_batch < recipe.batch_size: split_batch_norm(model, recipe.bn_batch)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
-# %% ../nbs/03c_training.ipynb #3365a719
+# %% ../nbs/03c_training.ipynb #72ec7bd6
 def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, *, reinitialize=None,
-        device=None, save_seconds=60., quiet=False) -> Run:
+        device=None, save_seconds=None, quiet=False) -> Run:
     """Train and test one net with one seed; made once, found again.
 
     `recipe`: name or Recipe. `mode`: 'target', 'csla', 'hs' (Hyper-Search). `scales`: for a RepOptimizer and for `reinitialize`
-    (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False` starts over.
+    (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False` starts over. `save_seconds`: between checkpoints
+    (default: $REPOPT_SAVE_SECONDS, else 60).
     ValueError for what does not fit, TrainingError for a run that broke off. SIGTERM or SIGUSR1: finish the step, save, exit 75."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), device)
     name, optimizer = model or recipe.model, optimizer or recipe.optimizer
     if optimizer not in OPTIMIZERS: raise ValueError(f"unknown optimizer {optimizer!r}: there are {', '.join(OPTIMIZERS)}")
     loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed, device, recipe.num_classes)
+    if save_seconds is None: save_seconds = float(os.environ.get("REPOPT_SAVE_SECONDS", 60))
     reinitialize = scales is not None if reinitialize is None else reinitialize
     asked = dict(recipe=_plain(asdict(recipe)), model=name, mode=mode, optimizer=optimizer, scales=None if scales is None else scales.hash, scales_from=None if scales is None else scales.recipe,
                  reinitialize=reinitialize, seed=seed, data=dict(name=loaded.name, sha256=loaded.sha256, channels=loaded.channels), format=records.FORMAT)
@@ -390,7 +392,7 @@ def parameters(namespace: dict, names: str, **kinds) -> SimpleNamespace:
     p.seeds, p.jobs = range(p.seeds), 1 if p.test else 2
     return p
 
-# %% ../nbs/03c_training.ipynb #fb1a0d6d
+# %% ../nbs/03c_training.ipynb #5301a496
 def cli(argv, prog: str, mode: str, description: str) -> tuple:
     "(arguments, recipe, scales) of a command line, shared by `repopt.training` and `repopt.hyper_search`"
     import argparse
@@ -398,7 +400,7 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
     p.add_argument("--recipe", required=True); p.add_argument("--model"); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--data", help="data folder (default: $REPOPT_DATA)"); p.add_argument("--out", help="where the record is written, e.g. figures")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    p.add_argument("--save-seconds", type=float, default=60.); p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
+    p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)"); p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
     if mode == "target":
         p.add_argument("--optimizer", choices=list(OPTIMIZERS)); p.add_argument("--mode", default="target", choices=["target", "csla"])
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")

@@ -2,7 +2,7 @@
 
 nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to complete.
 """
-import argparse, re, subprocess, sys, time
+import argparse, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +41,7 @@ def pytests():
 
 
 if __name__ == "__main__":
+    os.environ["REPOPT_BUILD"] = tempfile.mkdtemp(prefix="repopt-test-")     # notebooks share their short runs; nothing is found from before
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--jobs", type=int, default=2, help="notebooks at a time")
     start, counts = time.time(), [notebooks(args.parse_args().jobs), pytests()]

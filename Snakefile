@@ -1,0 +1,63 @@
+# The argument of the paper as a graph of notebooks: Hyper-Search -> training -> quantization -> tables and figures.
+# One rule an experiment notebook, executed by papermill. The executed notebook is the rule's log, so that it survives a failure;
+# records go to figures/runs, runs and marks to build/ (git-ignored): a fresh clone really trains.
+#
+#   snakemake --profile profiles/local            the digits recipe, five seeds
+#   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
+from pathlib import Path
+
+ROOT = Path(workflow.basedir)
+RECIPE, SEEDS, DATA = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", "")
+OUT = Path(config.get("out", "figures")).absolute()
+FLOORS = "csla grad_mult scales optim models data records checkpoint training".split()
+
+
+def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
+
+
+def recipes(wildcards):
+    "What the notebooks of a recipe read: its own file, and that of the search it builds on"
+    return sorted({f"repopt/assets/recipes/{n}.yaml" for n in (wildcards.recipe, "digits" if wildcards.recipe == "digits" else "cifar")})
+
+
+PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout -p recipe {wildcards.recipe} -p seeds {params.seeds} -p out {params.out}"
+             + (f" -p data {Path(DATA).absolute()}" if DATA else ""))
+
+
+rule all:
+    input: f"build/marks/{RECIPE}/07_paper.done"
+
+
+rule hyper_search:
+    input: recipes, modules("hyper_search"), notebook="nbs/04_hyper_search.ipynb"
+    output: touch("build/marks/{recipe}/04_hyper_search.done")
+    log: "build/notebooks/{recipe}/04_hyper_search.ipynb"
+    params: notebook="04_hyper_search", seeds=SEEDS, out=OUT
+    threads: workflow.cores
+    shell: PAPERMILL
+
+
+rule train:
+    input: recipes, modules(), "build/marks/{recipe}/04_hyper_search.done", notebook="nbs/05_train_imagenet.ipynb"
+    output: touch("build/marks/{recipe}/05_train_imagenet.done")
+    log: "build/notebooks/{recipe}/05_train_imagenet.ipynb"
+    params: notebook="05_train_imagenet", seeds=SEEDS, out=OUT
+    threads: workflow.cores
+    shell: PAPERMILL
+
+
+rule quantize:
+    input: recipes, modules("quantization"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
+    output: touch("build/marks/{recipe}/06_quantization.done")
+    log: "build/notebooks/{recipe}/06_quantization.ipynb"
+    params: notebook="06_quantization", seeds=SEEDS, out=OUT
+    threads: workflow.cores
+    shell: PAPERMILL
+
+
+rule paper:
+    input: recipes, modules("hyper_search", "quantization", "report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
+    output: touch("build/marks/{recipe}/07_paper.done")
+    log: "build/notebooks/{recipe}/07_paper.ipynb"
+    params: notebook="07_paper", seeds=SEEDS, out=OUT
+    shell: PAPERMILL

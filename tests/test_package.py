@@ -1,0 +1,66 @@
+"""What no reader wants to read: that the package imports with what a bare GPU node has, and that a wheel carries its files."""
+import json, shutil, subprocess, sys, zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(p.stem for p in (ROOT/"repopt").glob("*.py") if not p.stem.startswith("_"))
+LIGHT = ("torchvision", "torchao", "sklearn", "matplotlib", "pandas", "tqdm", "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
+
+
+def python(code, **kw): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **kw)
+
+
+def test_every_module_imports_with_torch_numpy_safetensors_and_yaml_alone():
+    block = f"import sys\nclass No:\n  def find_spec(self, name, *a):\n    if name.split('.')[0] in {LIGHT!r}: raise ImportError('blocked: ' + name)\nsys.meta_path.insert(0, No())\n"
+    r = python(block + f"import importlib\nfor m in {MODULES!r}: importlib.import_module('repopt.' + m)\nimport repopt\nfor n in repopt.__all__: getattr(repopt, n)")
+    assert r.returncode == 0, r.stderr
+
+
+def test_every_name_of_the_package_exists():
+    import repopt
+    assert set(dir(repopt)) == set(repopt.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'RepLion'"): repopt.RepLion
+
+
+def test_modules_import_only_downward():
+    floors = {n: i for i, n in enumerate("csla grad_mult scales optim models data records checkpoint training hyper_search quantization report".split())}
+    assert set(MODULES) == set(floors)
+    for m in MODULES:
+        code = (ROOT/"repopt"/f"{m}.py").read_text()
+        for other in floors:
+            if f"from repopt.{other} " in code: assert floors[other] < floors[m], f"{m} imports {other}"
+
+
+def test_wheel_carries_recipes(tmp_path):
+    source = tmp_path/"source"; source.mkdir()                               # setuptools builds in the source tree: not in ours
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, source)
+    shutil.copytree(ROOT/"repopt", source/"repopt")
+    r = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for p in (ROOT/"repopt"/"assets").rglob("*.*"): assert str(p.relative_to(ROOT)) in names
+    assert not any(n.startswith(("nbs/", "tests/", "build/")) for n in names)
+
+
+@pytest.mark.parametrize("module", ["training", "hyper_search", "quantization", "records"])
+def test_command_lines_say_how_they_are_used(module):
+    r = subprocess.run([sys.executable, "-W", "error", "-m", f"repopt.{module}", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 0 and f"repopt.{module}" in r.stdout, r.stderr
+
+
+@pytest.mark.parametrize("module,args", [("training", ["--recipe", "nosuch"]), ("hyper_search", ["--recipe", "digits", "--set", "lr=fast"]),
+                                         ("training", ["--recipe", "digits", "--model", "repoptvgg_z1"]), ("training", ["--recipe", "digits", "--optimizer", "repsgd"])])
+def test_bad_input_exits_2_and_says_why(module, args, tmp_path):
+    r = subprocess.run([sys.executable, "-m", f"repopt.{module}", *args], capture_output=True, text=True, cwd=ROOT, env={**__import__("os").environ, "REPOPT_BUILD": str(tmp_path)})
+    assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
+
+
+def test_notebooks_are_clean_and_in_step_with_the_package():
+    for p in (ROOT/"nbs").glob("*.ipynb"):
+        nb = json.loads(p.read_text())
+        assert all(c.get("execution_count") is None for c in nb["cells"]), p.name
+        if any("papermill" in c["metadata"] for c in nb["cells"]): pytest.fail(f"{p.name} was written by papermill")
+        tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        assert len(tagged) == (p.name[:2] in ("04", "05", "06", "07")), p.name
