@@ -1,5 +1,6 @@
 # make test        sets up and tests every notebook and tests/
 # make reproduce  runs the argument of the paper on digits, five seeds, and writes figures/
+# make bench      what a RepOptimizer's step costs over torch's own, on this machine
 # make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
 # make lab         opens JupyterLab on the notebooks
 PYTHON ?= python3
@@ -11,7 +12,7 @@ JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test reproduce notebooks lab clean
+.PHONY: setup test reproduce bench notebooks lab clean
 
 setup: $(READY)
 
@@ -27,6 +28,9 @@ test: $(READY)
 
 reproduce: $(READY)
 	$(ONE_THREAD) $(BIN)/snakemake --profile profiles/local --cores $(JOBS)
+
+bench: $(READY)
+	$(BIN)/python -m repopt.speed --optimizers --models b1,l2 --out figures
 
 notebooks: $(READY)
 	$(BIN)/nbdev_export

@@ -7,7 +7,8 @@ _HOME = {name: module for module, names in {
     "csla": "Block Branch CSLA Conv Depthwise Identity",
     "grad_mult": "GradMult rep_branches",
     "scales": "Scales extract_scales load_scales",
-    "optim": "RepAdamW RepOptimizer RepSGD clip_grad_norm_ param_groups",
+    "optim": "RepASGD RepAdadelta RepAdagrad RepAdam RepAdamW RepAdamax RepLion RepNAdam RepOptimizer RepRAdam RepRMSprop RepRprop RepSGD "
+             "attach check_equivalence clip_grad_norm_ param_groups rep_optimizer",
     "models": "create_model initial_scales merge to_branches",
     "training": "Recipe Run run run_all",
     "hyper_search": "search",

@@ -6,10 +6,11 @@
 __all__ = ['ASSETS', 'Scales', 'strip_prefix', 'natural', 'check_fit', 'initial', 'reinitialize_', 'from_released', 'load_scales',
            'extract_scales']
 
-# %% ../nbs/01a_scales.ipynb #9f6b2a4f
+# %% ../nbs/01a_scales.ipynb #0084b5dd
 import hashlib, json, os, pickle, re
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from functools import lru_cache
 from math import sqrt
 from pathlib import Path
 import torch
@@ -47,7 +48,8 @@ class Scales(Mapping):
         "The same names with `fn(vector)` for every scale that enters the Grad Mult; identity values stay."
         return Scales({p: {n: s if n == "identity" else fn(s) for n, s in bs.items()} for p, bs in self.items()}, self.arch, self.recipe, self.seed)
 
-# %% ../nbs/01a_scales.ipynb #e5383272
+# %% ../nbs/01a_scales.ipynb #c4bc1725
+@lru_cache(maxsize=None)
 def strip_prefix(name: str) -> str:
     "A parameter's own name, without what DataParallel and torch.compile put before it"
     return re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'Recipe', 'load_recipe', 'lr_at', 'make_optimizer', 'SplitBatchNorm2d', 'split_batch_norm',
            'TrainingError', 'train_step', 'evaluate', 'Run', 'build_folder', 'build_model', 'run', 'resolve',
-           'scale_means', 'run_all', 'parameters', 'cli', 'named_scales', 'main']
+           'scale_means', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
 import contextlib, ctypes, difflib, fcntl, json, os, signal, sys, tempfile, time, warnings
@@ -270,7 +270,7 @@ def _make(folder, asked, recipe, scales, data, device, save_seconds, quiet):
     _loop(folder, asked, recipe, model, opt, data, state, save_seconds, log)
     _finish(folder, asked, recipe, model, state)
 
-# %% ../nbs/03c_training.ipynb #b0bd0179
+# %% ../nbs/03c_training.ipynb #7375a20e
 def _loop(folder, asked, recipe, model, opt, data, state, save_seconds, log):
     "The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves."
     steps, began, saved = len(data.train), time.time() - state["seconds"], time.time()
@@ -295,11 +295,12 @@ def _loop(folder, asked, recipe, model, opt, data, state, save_seconds, log):
                                         "A lower lr, a longer warm-up, clip_norm or precision=fp32 may help (--set lr=…)") from None
                 if stop.signal or time.time() - saved > save_seconds: save(epoch, i + 1, loss); saved = time.time()
                 if stop.signal: raise SystemExit(75)
+                log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
             test = evaluate(model, data.test.epoch(), recipe)
             state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=float(loss)/steps, test_loss=test["loss"], top1=test["top1"]))
             if asked["mode"] == "hs": state["means"].append(scale_means(model))
             state.update(index=0, loss=0., seconds=time.time() - began)
-            log(state["epochs"][-1], state["seconds"])
+            log(epoch + 1, state["epochs"][-1]["train_loss"], state["seconds"], test["top1"])
 
 # %% ../nbs/03c_training.ipynb #09944b44
 @torch.no_grad()
@@ -323,17 +324,18 @@ def _finish(folder, asked, recipe, model, state):
     records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
     for _, p in checkpoint.steps(folder): p.unlink(); p.with_suffix(".sha256").unlink(missing_ok=True)
 
-# %% ../nbs/03c_training.ipynb #4d5d23fe
+# %% ../nbs/03c_training.ipynb #58b01198
 class _Progress:
     "A line at most every ten seconds, and one at the end"
-    def __init__(self, what, epochs, quiet): self.what, self.epochs, self.quiet, self.last = what, epochs, quiet, time.time()
+    def __init__(self, what, epochs, quiet): self.what, self.epochs, self.quiet, self.last, self.top1 = what, epochs, quiet, time.time(), None
 
-    def __call__(self, e, seconds):
-        done = e["epoch"] + 1
-        if self.quiet or (time.time() - self.last < 10 and done < self.epochs): return
+    def __call__(self, done, loss, seconds, top1=None):
+        self.top1 = top1 if top1 is not None else self.top1
+        if self.quiet or (time.time() - self.last < 10 and (done < self.epochs or top1 is None)): return
         self.last = time.time()
         left = "" if done == self.epochs else f", {seconds/done*(self.epochs - done):.0f} s left"
-        print(f"{self.what}: epoch {done}/{self.epochs}, loss {e['train_loss']:.3f}, top-1 {e['top1']:.2f} %, {seconds:.0f} s{left}", flush=True)
+        seen = "" if self.top1 is None else f", top-1 {self.top1:.2f} %"
+        print(f"{self.what}: epoch {done:.4g}/{self.epochs}, loss {float(loss):.3f}{seen}, {seconds:.0f} s{left}", flush=True)
 
 
 class _Signals:
@@ -373,20 +375,25 @@ def run_all(asked: list, jobs: int = 2) -> list:
     if jobs < 2 or len(asked) < 2 or torch.cuda.is_available(): return [run(**a) for a in asked]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_worker, asked))
 
-# %% ../nbs/03c_training.ipynb #6779fd0c
-def parameters(namespace: dict, names: str, **kinds) -> SimpleNamespace:
-    "What a notebook was given, checked: `names` are its parameters. `.recipe` and `.search` become Recipes, `.seeds` a range. ValueError for anything else."
+# %% ../nbs/03c_training.ipynb #00283e7d
+def given(namespace: dict, names: str) -> SimpleNamespace:
+    "The parameters `names` of a notebook, from its globals. ValueError for one that papermill was given and the notebook does not have."
     names = names.split()
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
-    for k in given:
+    found = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
+    for k in found:
         if k in names: continue
         near = difflib.get_close_matches(k, names, 1)
         raise ValueError(f"unknown notebook parameter {k!r}{f', did you mean {near[0]!r}?' if near else ''} There are {', '.join(names)}")
-    p = SimpleNamespace(**{k: given.get(k) for k in names}, test=bool(os.environ.get("IN_TEST")))
+    return SimpleNamespace(**{k: found.get(k) for k in names}, test=bool(os.environ.get("IN_TEST")))
+
+
+def parameters(namespace: dict, names: str) -> SimpleNamespace:
+    "What an experiment notebook was given, checked. `.recipe` and `.search` become Recipes, `.seeds` a range. ValueError for anything else."
+    p = given(namespace, names)
     if not isinstance(p.seeds, int) or p.seeds < 1: raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs).items() if v is not None})
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
-    if "search" in names:                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
+    if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
         own = p.search is None and p.recipe.data == "digits"
         p.search = p.recipe if own else Recipe.load(p.search or "cifar", model=p.recipe.model)
     p.seeds, p.jobs = range(p.seeds), 1 if p.test else 2

@@ -21,11 +21,11 @@ def test_every_module_imports_with_torch_numpy_safetensors_and_yaml_alone():
 def test_every_name_of_the_package_exists():
     import repopt
     assert set(dir(repopt)) == set(repopt.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'RepLion'"): repopt.RepLion
+    with pytest.raises(AttributeError, match="no attribute .RepLBFGS."): repopt.RepLBFGS
 
 
 def test_modules_import_only_downward():
-    floors = {n: i for i, n in enumerate("csla grad_mult scales optim models data records checkpoint training hyper_search quantization report".split())}
+    floors = {n: i for i, n in enumerate("csla grad_mult scales optim models data records checkpoint training hyper_search speed quantization report".split())}
     assert set(MODULES) == set(floors)
     for m in MODULES:
         code = (ROOT/"repopt"/f"{m}.py").read_text()
@@ -44,7 +44,7 @@ def test_wheel_carries_recipes(tmp_path):
     assert not any(n.startswith(("nbs/", "tests/", "build/")) for n in names)
 
 
-@pytest.mark.parametrize("module", ["training", "hyper_search", "quantization", "records"])
+@pytest.mark.parametrize("module", ["training", "hyper_search", "speed", "quantization", "records"])
 def test_command_lines_say_how_they_are_used(module):
     r = subprocess.run([sys.executable, "-W", "error", "-m", f"repopt.{module}", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0 and f"repopt.{module}" in r.stdout, r.stderr
