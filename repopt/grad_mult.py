@@ -53,7 +53,7 @@ class GradMult:
         return [(b.per_channel(self.coef[n], W), b.view(W)) for n, b in self.branches.items()]
 
     def dense(self) -> Tensor:
-        "The tensor of Eq. 3, shaped like the kernel. For eyes and tests; the optimizers never build it."
+        "The tensor of Eq. 3, shaped like the kernel. For eyes and tests; no optimizer step builds it on a large model."
         M = next(iter(self.coef.values())).new_zeros(self.shape)
         for c, v in self.terms(M): v.add_(c)
         return M
