@@ -12,7 +12,7 @@ __all__ = ['NOISY', 'TABLE3', 'PRECISIONS', 'KINDS', 'GB', 'VARIANTS', 'LAYOUTS'
 # %% ../nbs/05a_speed.ipynb #b0778fbc
 import argparse, contextlib, gc, importlib.util, os, re, subprocess, sys, time, weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -220,9 +220,9 @@ def pair(shape: str, size: int = 224, compiled: bool = False) -> list:
 
 
 def train_speed(works: list, batch=32, precision: str = "fp32", rounds: int = 15, out=None, cap=None, largest=None, warmup: int = 2, tick=lambda: None) -> list:
-    "`train_speed` records of RepVGG and RepOpt-VGG, made by `pair`. `batch='max'`: each at `largest[name]`, its largest under `cap` GB (None: it has the whole card to itself)."
+    "`train_speed` records of RepVGG and RepOpt-VGG, made by `pair`. `batch='max'`: each at `largest[name]`, its largest under `cap` GB, with the card to itself if that is not much larger."
     for w in works: w.batch, w.precision = largest[w.name.removeprefix("timm/")] if batch == "max" else batch, precision
-    times = _alone(works, rounds, warmup, tick) if batch == "max" and cap is None else interleaved([w.open() for w in works], rounds, works[0].device, warmup, tick)
+    times = _alone(works, rounds, warmup, tick) if batch == "max" and (cap is None or room() < 3*room(cap)) else interleaved([w.open() for w in works], rounds, works[0].device, warmup, tick)
     more = speedup(times[:, 1]/works[1].batch, times[:, 0]/works[0].batch, *(times[:, 2:].T/works[0].batch))
     asked = dict(batch=batch) | (dict(cap=cap) if batch == "max" else {})
     return [row("train_speed", w, times[:, j], out, asked=asked, **(more if j else {})) for j, w in enumerate(works[:2])]
@@ -482,7 +482,7 @@ def arguments(argv=None):
     p.add_argument("--size", default="224" if cuda else "64,160", help="pixels of training images (default: %(default)s)"); p.add_argument("--batch", default="32,max" if cuda else "8", help="(default: %(default)s)")
     p.add_argument("--infer-batch", type=int, default=None if cuda else 8, help="(default: Table 3's, 8 on a CPU)")
     p.add_argument("--precision", default="fp32,tf32,bf16" if cuda else "fp32", help="(default: %(default)s)"); p.add_argument("--compiled", default="b1" if cuda else "", help="what is timed compiled, too (default: %(default)s)")
-    p.add_argument("--memory-cap", type=float, default=11., help="GB, for the largest batch"); p.add_argument("--rounds", type=int, default=10 if cuda else 5)
+    p.add_argument("--memory-cap", type=float, default=11., help="GB, for the largest batch"); p.add_argument("--rounds", type=int, default=7 if cuda else 5)
     p.add_argument("--minutes", type=float, default=8., help="no row is begun later"); p.add_argument("--out", help="where records are written, e.g. figures")
     a = p.parse_args(argv)
     if not (a.train or a.infer or a.optimizers): a.train = "b1"
@@ -503,36 +503,33 @@ def arguments(argv=None):
 # %% ../nbs/05a_speed.ipynb #79523ac5
 def jobs(a) -> list:
     "[(label, calls it makes, function of tick → records)] for a command line, the most important first"
-    out, best, eager = [], {}, [q for q in a.precision]
-    def biggest(shape, size, precision, cap, tick):
-        for n in (f"repvgg_{shape}", f"repoptvgg_{shape}"):
-            if (n, size, precision, cap) not in best: best[n, size, precision, cap] = max_batch(n, cap, size, precision, a.out, tick)
-        return {n: best[n, size, precision, cap] for n in (f"repvgg_{shape}", f"repoptvgg_{shape}")}
-    def train(shape, size, precisions, compiled, batches, cap, rounds):
-        def job(tick):
-            works = pair(shape, size, compiled)
-            try:
-                for q in precisions:
-                    found = {}
-                    if "max" in batches or accelerator() == "cpu":
-                        for w in works: w.close()                                 # the search has the memory to itself
-                        found = biggest(shape, size, q, cap, tick)
-                        if not compiled: yield from found.values()
-                    for b in batches: yield from train_speed(works, b, q, rounds, a.out, cap, {n: r["metrics"].get("max_batch") for n, r in found.items()}, tick=tick)
-            finally:
-                for w in works: w.close()
-        return job
-    def add(shape, size, precisions, compiled, batches, cap=a.memory_cap, rounds=a.rounds):
-        label = f"train {shape}, {size} pixels, {'/'.join(precisions)}{', compiled' if compiled else ''}{'' if cap else ', the whole card'}"
-        out.append((label, len(precisions)*(2 + len(batches)*(rounds + 2)*len(pair(shape, size, compiled))), train(shape, size, precisions, compiled, batches, cap, rounds)))
-    for m in a.train:
-        for s in a.sizes: add(m, s, eager, False, a.batches)
+    out, best = [], {}
+    def biggest(names, size, precision, cap, tick):
+        "Their `max_batch` records, each made once; what fits in fp32 fits in TF32"
+        for n in names:
+            if (key := (n, size, precision.replace("tf32", "fp32"), cap)) not in best: best[key] = max_batch(*key[:1], cap, size, key[2], a.out, tick); yield best[key]
+    def train(shape, size, precision, compiled, batches, cap, rounds, tick):
+        works = pair(shape, size, compiled); names = [w.name for w in works[:2]]
+        try:
+            if "max" in batches or accelerator() == "cpu": yield from biggest(names, size, precision, cap, tick)
+            for b in batches:
+                found = {n: best[n, size, precision.replace("tf32", "fp32"), cap]["metrics"]["max_batch"] for n in names} if b == "max" else None
+                yield from train_speed(works, b, precision, rounds, a.out, cap, found, tick=tick)
+        finally:
+            for w in works: w.close()
+    def add(shape, size, precision, compiled=False, batches=a.batches, cap=a.memory_cap, rounds=a.rounds):
+        label = f"train {shape}, {size} pixels, {precision}{', compiled' if compiled else ''}{'' if cap else ', the whole card'}"
+        out.append((label, 2 + len(batches)*(rounds + 2)*len(pair(shape, size, compiled)), partial(train, shape, size, precision, compiled, batches, cap, rounds)))
+    def infer(precision, compiled=False):
+        if a.infer: out.append((f"infer {precision}{', compiled' if compiled else ''}", (a.rounds + 2)*len(a.infer), lambda tick: throughput(a.infer, precision, compiled, a.rounds, a.out, a.infer_batch, tick=tick)))
+    for q in a.precision:
+        for m in a.train:
+            for s in a.sizes: add(m, s, q)
+        infer(q)
+        if q == a.precision[0]: [add(m, a.sizes[-1], a.precision[-1], True) for m in a.train if m in a.compiled]
     if a.optimizers: out += [(f"optimizer steps of {m}", (a.rounds + 3)*len(VARIANTS)*len(LAYOUTS), lambda tick, m=m: step_cost(f"repoptvgg_{m}", a.rounds, a.out, tick=tick)) for m in a.models]
-    infer = lambda q, compiled: (f"infer {q}{' compiled' if compiled else ''}", (a.rounds + 2)*len(a.infer), lambda tick: throughput(a.infer, q, compiled, a.rounds, a.out, a.infer_batch, tick=tick))
-    if a.infer: out += [infer(q, False) for q in eager]
-    for m in [m for m in a.train if m in a.compiled]: add(m, a.sizes[-1], eager[::-1], True, a.batches)
-    if a.infer and a.compiled: out.append(infer(eager[-1], True))
-    if "max" in a.batches: [add(m, a.sizes[-1], eager[:1], False, ["max"], None, 3) for m in a.train]
+    if a.compiled: infer(a.precision[-1], True)
+    if "max" in a.batches: [add(m, a.sizes[-1], a.precision[0], False, ["max"], None, 3) for m in a.train]
     return out
 
 # %% ../nbs/05a_speed.ipynb #adeaeacc
