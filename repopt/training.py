@@ -290,11 +290,13 @@ def _empty(folder):
 def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, reinitialize=None, save_seconds=None, broken="skip") -> list:
     "The command line of `python -m repopt.training` that makes this run. A recipe that is not shipped, and scales, are written below build/ for it to read."
     args = dict(recipe=_recipe_file(recipe), model=model, mode=mode, optimizer=optimizer, seed=seed, data=data, out=out, save_seconds=save_seconds, broken=None if broken == "skip" else broken)
-    if scales is not None: args["scales"] = scales.save(build_folder()/"scales"/f"{scales.hash[:16]}.safetensors")
+    if scales is not None:
+        (place := build_folder()/"scales").mkdir(parents=True, exist_ok=True)
+        args["scales"] = scales.save(place/f"{scales.hash[:16]}.safetensors")
     words = [w for k, v in args.items() if v is not None for w in (f"--{k.replace('_', '-')}", str(v))]
     shipped = asdict(Recipe.load(args["recipe"], model=model))
     for k, v in asdict(recipe).items():
-        if k not in ("name", "model") and v != shipped[k]: words += ["--set", f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else json.dumps(v)}"]
+        if k not in ("name", "model") and v != shipped[k]: words += ["--set", f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else yaml.safe_dump(v).splitlines()[0]}"]
     if scales is not None and reinitialize is False: words.append("--keep-init")
     return words if resume else [*words, "--restart"]
 

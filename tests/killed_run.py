@@ -34,8 +34,12 @@ def keep_momentum():
     training._loop = kept
 
 
+class Double(nn.Module):
+    def forward(self, x): return x.double()
+
+
 def plain_net(name, mode, recipe, in_chans, scales=None):
-    return nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, recipe.num_classes))
+    return nn.Sequential(Double(), nn.Conv2d(in_chans, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, recipe.num_classes)).double()
 
 
 if __name__ == "__main__":
