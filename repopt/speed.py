@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from . import records
 from .models import SHAPES, create_model, initial_scales
-from .optim import RepAdamW, RepSGD, param_groups
+from .optim import RepAdamW, RepSGD, param_groups, rep_optimizer
 
 # %% ../nbs/05a_speed.ipynb #5d86e3ae
 def milliseconds(fn, device: str) -> float:
@@ -80,10 +80,10 @@ def build(name: str) -> torch.nn.Module:
     except ValueError as e: raise ValueError(f"{e}; for inference also {', '.join(n for n in TABLE3 if not n.startswith('rep'))}") from None
 
 
-def optimizer(model, scales=None, compiled=None) -> torch.optim.Optimizer:
-    "The recipe's optimizer: RepSGD where there are scales, torch's SGD, fused, where there are none"
+def optimizer(model, scales=None, plain=False) -> torch.optim.Optimizer:
+    "The recipe's optimizer: RepSGD where there are scales (`plain`: as torch's SGD on multiplied gradients, which runs without memory, too), torch's SGD, fused, where there are none"
     groups, kw = param_groups(model, 4e-5), dict(lr=1e-3, momentum=.9, nesterov=True)
-    return torch.optim.SGD(groups, **kw, fused=True) if scales is None else RepSGD(groups, **kw, scales=scales, compiled=compiled)
+    return torch.optim.SGD(groups, **kw, fused=True) if scales is None else (rep_optimizer(torch.optim.SGD, "gradient") if plain else RepSGD)(groups, **kw, scales=scales)
 
 
 def scales_of(name: str): return initial_scales(name) if name.startswith("repoptvgg") else None
@@ -288,7 +288,7 @@ def _fake(name: str):
     from torch._subclasses.fake_tensor import FakeTensorMode
     mode, live, scales = FakeTensorMode(allow_non_fake_inputs=True), Live(), scales_of(name)
     with mode, live:
-        model = build(name); opt = optimizer(model, scales, compiled=False)
+        model = build(name); opt = optimizer(model, scales, plain=True)
         for q in model.parameters(): q.grad = torch.zeros_like(q)
         opt.step(); opt.zero_grad()                                             # the state is there from the first step on
     return mode, live, model, opt
@@ -324,7 +324,7 @@ def measured_peak(name: str, batch: int, size: int = 224, precision: str = "fp32
 def _probe(name, batch, size, precision):
     held = lambda key: 1024*int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     w = Work("repoptvgg_digits", 2, 32, precision).open(); w(); w.close()        # libraries load and start their threads
-    before = held("VmRSS"); w = Work(name, batch, size, precision).open(); w.opt.compiled = False; w(); w()
+    before = held("VmRSS"); w = Work(name, batch, size, precision).open(); w.opt = optimizer(w.model, scales_of(name), plain=True); w(); w()
     print(held("VmHWM") - before)
 
 # %% ../nbs/05a_speed.ipynb #b6a1958d
