@@ -138,6 +138,7 @@ class Term(NamedTuple):
     def only(self, value): "`value` where the branch reaches, 0 elsewhere"; return value if self.mask is None else value*self.mask
 
     def rows(self, at: slice): return self._replace(alpha=self.alpha[at])
+    def to(self, device): return self._replace(alpha=self.alpha.to(device), mask=None if self.mask is None else self.mask.to(device))
 
 
 def combine(terms, fn: Callable) -> Tensor:
@@ -150,7 +151,7 @@ class Terms:
 
     `segments`: [(first column, last, [Term])], one where each smaller branch's columns are scattered. With an identity, `diagonal`: the flat index `[O]` of the entries it reaches, and `there`: the terms of all branches at them."""
     def __init__(self, scales: Mapping, p: Tensor, order: str, first_row: int = 0):
-        kw, at = dict(device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32), slice(first_row, first_row + len(p))
+        kw, at = dict(device="cpu", dtype=torch.float64 if p.dtype == torch.float64 else torch.float32), slice(first_row, first_row + len(p))
         whole, self.there, self.diagonal = [], [], None
         for name, s in scales.items():
             b, alpha = named_branch(name), (torch.ones_like(s) if name == "identity" else s.abs())[at].to(**kw)
@@ -159,7 +160,9 @@ class Terms:
             else:
                 mask = flat(self._reached(b, p, torch.ones((), **kw)), order)
                 whole.append(Term(name, alpha.reshape(-1, 1), None if mask.all() else mask))
-        self.segments = self._cut(whole, flat(p[:1], order).shape[1])
+        self.segments = [(a, b, [t.to(p.device) for t in terms]) for a, b, terms in self._cut(whole, p[:1].numel())]
+        self.there = [t.to(p.device) for t in self.there]
+        if self.diagonal is not None: self.diagonal = self.diagonal.to(p.device)
 
     @staticmethod
     def _cut(terms, L):
@@ -173,17 +176,17 @@ class Terms:
     @staticmethod
     def _reached(b, p, value):
         "One row of a kernel, with `value` where branch `b` reaches it"
-        row = view = torch.zeros((1, *p.shape[1:]), dtype=value.dtype, device=p.device)
+        row = view = torch.zeros((1, *p.shape[1:]), dtype=value.dtype, device="cpu")
         for d, k in enumerate(b.sizes(p), 2): view = view.narrow(d, (p.shape[d] - k)//2, k)
         view.copy_(value)
         return row
 
     def _diagonal(self, p, order, first_row):
         n = p.shape[1]
-        channel = flat(self._reached(Conv(1), p, torch.arange(1, n + 1, device=p.device).reshape(1, -1, *[1] * (p.ndim - 2))), order)[0]
-        place = torch.empty(n, dtype=torch.long, device=p.device)
+        channel = flat(self._reached(Conv(1), p, torch.arange(1, n + 1, device="cpu").reshape(1, -1, *[1] * (p.ndim - 2))), order)[0]
+        place = torch.empty(n, dtype=torch.long, device="cpu")
         place[channel[channel > 0] - 1] = channel.nonzero()[:, 0]
-        rows = torch.arange(len(p), device=p.device)
+        rows = torch.arange(len(p), device="cpu")
         return rows*channel.numel() + place[(rows + first_row) % n]
 
     @property
