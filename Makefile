@@ -1,4 +1,5 @@
 # make test        sets up and tests every notebook and tests/
+# make test-slow  kills runs twenty times each, in one process and in two, and leaves records
 # make reproduce  runs the argument of the paper on digits, five seeds, and writes figures/
 # make bench      what a RepOptimizer's step costs over torch's own, on this machine
 # make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
@@ -12,7 +13,7 @@ JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test reproduce bench notebooks lab clean
+.PHONY: setup test test-slow reproduce bench notebooks lab clean
 
 setup: $(READY)
 
@@ -25,6 +26,9 @@ $(READY): requirements.lock settings.ini setup.py
 
 test: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/run.py --jobs $(JOBS)
+
+test-slow: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/test_interrupt.py --kills 20 --out figures
 
 reproduce: $(READY)
 	$(ONE_THREAD) $(BIN)/snakemake --profile profiles/local --cores $(JOBS)

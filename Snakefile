@@ -4,12 +4,14 @@
 #
 #   snakemake --profile profiles/local            the digits recipe, five seeds
 #   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
+#   snakemake --profile profiles/slurm --config recipe=imagenet data=/data
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
-RECIPE, SEEDS, DATA = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", "")
+RECIPE, SEEDS, DATA, EPOCHS = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", ""), config.get("epochs", "")
+ALL = workflow.cores or 2                                                  # on a cluster profiles/slurm says how many
 OUT = Path(config.get("out", "figures")).absolute()
-FLOORS = "csla grad_mult scales optim models data records checkpoint training".split()
+FLOORS = "csla grad_mult scales optim models data records checkpoint distributed training plan".split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
@@ -21,7 +23,7 @@ def recipes(wildcards):
 
 
 PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout -p recipe {wildcards.recipe} -p seeds {params.seeds} -p out {params.out}"
-             + (f" -p data {Path(DATA).absolute()}" if DATA else ""))
+             + (f" -p data {Path(DATA).absolute()}" if DATA else "") + (f" -p epochs {EPOCHS}" if EPOCHS else ""))
 
 
 rule all:
@@ -33,7 +35,7 @@ rule hyper_search:
     output: touch("build/marks/{recipe}/04_hyper_search.done")
     log: "build/notebooks/{recipe}/04_hyper_search.ipynb"
     params: notebook="04_hyper_search", seeds=SEEDS, out=OUT
-    threads: workflow.cores
+    threads: ALL
     shell: PAPERMILL
 
 
@@ -42,7 +44,7 @@ rule train:
     output: touch("build/marks/{recipe}/05_train_imagenet.done")
     log: "build/notebooks/{recipe}/05_train_imagenet.ipynb"
     params: notebook="05_train_imagenet", seeds=SEEDS, out=OUT
-    threads: workflow.cores
+    threads: ALL
     shell: PAPERMILL
 
 
@@ -51,7 +53,7 @@ rule quantize:
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
     params: notebook="06_quantization", seeds=SEEDS, out=OUT
-    threads: workflow.cores
+    threads: ALL
     shell: PAPERMILL
 
 

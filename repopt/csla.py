@@ -172,11 +172,13 @@ class Block:
     def module(self, **kwargs) -> "CSLA": return CSLA(self, **kwargs)
     def target(self, **kwargs) -> nn.Module: return self.module(**kwargs).fuse()
 
-# %% ../nbs/00_csla.ipynb #41b69488
+# %% ../nbs/00_csla.ipynb #8544ad83
 def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Tensor) -> Tensor:
     "Σ α L θ for a kernel shaped like `W`; differentiable in the scales and in the parameters."
-    rows = lambda s: s if s.ndim == 0 else s.reshape(-1, *[1] * (W.ndim - 1))
-    return sum(b.embed(thetas[n], W) * rows(scales[n]) for n, b in branches.items())
+    if any(isinstance(b, Shared) for b in branches.values()) or torch.compiler.is_compiling():
+        rows = lambda s: s if s.ndim == 0 else s.reshape(-1, *[1] * (W.ndim - 1))
+        return sum(b.embed(thetas[n], W) * rows(scales[n]) for n, b in branches.items())
+    return _SumOfBranches.apply(tuple(branches.values()), W.shape, *(scales[n] for n in branches), *(thetas[n] for n in branches))
 
 
 def _scale(name, value, W):
@@ -185,6 +187,29 @@ def _scale(name, value, W):
     if v.ndim and v.shape != W.shape[:1]: raise ValueError(f"scale {name!r} has shape {tuple(v.shape)}, expected a scalar or ({W.shape[0]},)")
     if not v.isfinite().all(): raise ValueError(f"scale {name!r} is not finite")
     return v
+
+# %% ../nbs/00_csla.ipynb #9b56072e
+class _SumOfBranches(torch.autograd.Function):
+    "The same sum written through the branches' views: a small branch costs what it reaches, not a pass over the kernel"
+    @staticmethod
+    def forward(ctx, branches, shape, *parts):
+        ctx.branches, out = branches, None
+        ctx.save_for_backward(*parts)
+        for b, a, theta in zip(branches, parts, parts[len(branches):]):
+            if out is None and theta.shape == shape: out = theta*b.per_channel(a, theta); continue
+            if out is None: out = theta.new_zeros(shape)
+            view = b.view(out)
+            view.add_(theta.reshape(view.shape)*b.per_channel(a, out))
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        parts, alphas, thetas = ctx.saved_tensors, [], []
+        for i, (b, a, theta) in enumerate(zip(ctx.branches, parts, parts[len(ctx.branches):])):
+            view = b.view(g)
+            thetas.append((view*b.per_channel(a, g)).reshape(theta.shape))
+            alphas.append((view*theta.reshape(view.shape)).reshape(len(g), -1).sum(1).reshape(a.shape if a.ndim else -1) if ctx.needs_input_grad[2 + i] else None)
+        return None, None, *(x.sum() if x is not None and a.ndim == 0 else x for x, a in zip(alphas, parts)), *thetas
 
 # %% ../nbs/00_csla.ipynb #73fd8cc6
 class CSLA(nn.Module):

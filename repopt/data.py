@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'AUGMENTS', 'DataError', 'data_root', 'Split', 'load_digits', 'load_cifar100',
-           'image_folders', 'load_image_folder', 'generator', 'pad_crop_flip', 'TensorLoader', 'transforms',
-           'FolderLoader', 'Data', 'load_data', 'listing_sha256']
+           'image_folders', 'why_broken', 'say_broken', 'load_image_folder', 'generator', 'share', 'pad_crop_flip',
+           'TensorLoader', 'Packed', 'open_folder', 'pack', 'transforms', 'FolderLoader', 'Data', 'load_data',
+           'listing_sha256', 'main']
 
 # %% ../nbs/03_data.ipynb #66d38a61
-import hashlib, os, random
-from dataclasses import dataclass
+import hashlib, os, random, sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Split:
     labels: Tensor
     mean: tuple
     std: tuple
+    broken: dict = field(default_factory=dict)      # {path: why} of the pictures that could not be decoded and were left out
 
     def __len__(self): return len(self.labels)
 
@@ -45,7 +47,7 @@ class Split:
         for t in (self.images, self.labels): h.update(f"{tuple(t.shape)}".encode() + t.cpu().numpy().tobytes())
         return h.hexdigest()
 
-    def to(self, device): return Split(self.images.to(device), self.labels.to(device), self.mean, self.std)
+    def to(self, device): return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 # %% ../nbs/03_data.ipynb #1e6dcfaf
 def load_digits(root=None):
@@ -72,29 +74,46 @@ def load_cifar100(root, download=False):
 def image_folders(root) -> tuple:
     "(train, val) folders of class folders below `root`. DataError says what is missing or differs."
     folders = [Path(root)/s for s in ("train", "val")]
+    if all(Path(f"{f}.u8").exists() for f in folders): return tuple(folders)                                  # packed
     classes = [sorted(p.name for p in f.glob("*") if p.is_dir()) for f in folders]
     for f, c in zip(folders, classes):
         if not c: raise DataError(f"{f} holds no class folders: expected {root}/train/<class>/*.JPEG and {root}/val/<class>/*.JPEG, saw {sorted(p.name for p in Path(root).glob('*'))[:8]}")
     if classes[0] != classes[1]: raise DataError(f"{folders[0]} and {folders[1]} hold different classes: {sorted(set(classes[0]) ^ set(classes[1]))[:5]}")
     return tuple(folders)
 
+# %% ../nbs/03_data.ipynb #affe0c31
+def why_broken(e: Exception) -> str:
+    "One line on why a picture could not be decoded"
+    return f"{type(e).__name__}: {e}".splitlines()[0]
+
+
+def say_broken(found: dict, broken: str) -> dict:
+    "Name the pictures in `found` (`{path: why}`) and count them, or raise DataError where `broken` is 'refuse'. Returns `found`."
+    if broken not in ("skip", "refuse"): raise DataError(f"broken={broken!r} must be one of skip, refuse")
+    for path, why in found.items(): print(f"{path} cannot be decoded: {why}", file=sys.stderr, flush=True)
+    if found and broken == "refuse": raise DataError(f"{len(found)} pictures cannot be decoded, {next(iter(found))} the first: repair or remove them, or go on without them with broken='skip'")
+    if found: print(f"{len(found)} broken pictures are left out", file=sys.stderr, flush=True)
+    return found
+
 # %% ../nbs/03_data.ipynb #64c972bc
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-def load_image_folder(root, size: int):
-    "(train, val) of an ImageFolder of small pictures, decoded into memory at `size`×`size`"
+def load_image_folder(root, size: int, broken: str = "skip"):
+    "(train, val) of an ImageFolder of small pictures, decoded into memory at `size`×`size`. What cannot be decoded is left out and named, or with `broken='refuse'` a DataError."
     from concurrent.futures import ThreadPoolExecutor
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
     def decode(item):
         try: x = pil_to_tensor(folder.loader(item[0]))
-        except OSError as e: raise DataError(f"{item[0]} cannot be decoded: {e}") from e
+        except Exception as e: return why_broken(e)
         return x if x.shape[1:] == (size, size) else center_crop(resize(x, size, antialias=True), [size, size])
     out = []
     for path in image_folders(root):
         folder = ImageFolder(path)
-        with ThreadPoolExecutor() as pool: images = torch.stack(list(pool.map(decode, folder.samples)))
-        out.append(Split(images, torch.tensor(folder.targets), IMAGENET_MEAN, IMAGENET_STD))
+        with ThreadPoolExecutor() as pool: images = list(pool.map(decode, folder.samples))
+        bad = say_broken({p: x for (p, _), x in zip(folder.samples, images) if isinstance(x, str)}, broken)
+        good = [k for k, x in enumerate(images) if not isinstance(x, str)]
+        out.append(Split(torch.stack([images[k] for k in good]), torch.tensor(folder.targets)[good], IMAGENET_MEAN, IMAGENET_STD, bad))
     return tuple(out)
 
 # %% ../nbs/03_data.ipynb #777df28a
@@ -103,11 +122,19 @@ def generator(*key, device="cpu") -> torch.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
+# %% ../nbs/03_data.ipynb #d9d83a2b
+def share(n: int, shard=(0, 1)) -> slice:
+    "The part of `n` things that falls to `shard = (rank, size)`; the parts of all ranks are each thing once"
+    rank, size = shard
+    return slice(n*rank//size, n*(rank + 1)//size)
+
 # %% ../nbs/03_data.ipynb #c5fb51f9
-def pad_crop_flip(x: Tensor, pad: int, flip: bool, g: torch.Generator) -> Tensor:
-    "Zero-pad by `pad`, crop at a random place for each image, mirror half of them. `x` `[N, C, H, W]`, on its own device."
+def pad_crop_flip(x: Tensor, pad: int, flip: bool, g: torch.Generator, among: int | None = None, part: slice = slice(None)) -> Tensor:
+    """Zero-pad by `pad`, crop at a random place for each image, mirror half of them. `x` `[N, C, H, W]`, on its own device.
+
+    Where `x` is only a `part` of a batch of `among` images, it is treated as it would have been within the whole."""
     n, _, h, w = x.shape
-    dy, dx, mirror = (torch.randint(k, (n,), generator=g).to(x.device) for k in (2*pad + 1, 2*pad + 1, 2))
+    dy, dx, mirror = (torch.randint(k, (among or n,), generator=g)[part].to(x.device) for k in (2*pad + 1, 2*pad + 1, 2))
     cols = torch.arange(w, device=x.device).expand(n, w)
     if flip: cols = torch.where(mirror[:, None].bool(), w - 1 - cols, cols)
     rows, cols = torch.arange(h, device=x.device) + dy[:, None], cols + dx[:, None]
@@ -118,11 +145,13 @@ def pad_crop_flip(x: Tensor, pad: int, flip: bool, g: torch.Generator) -> Tensor
 AUGMENTS = ("none", "crop", "crop_flip", "randaugment")
 
 class TensorLoader:
-    "Batches of a `Split` on `device`: shuffled, augmented and without the last ragged batch in training; all images in order otherwise."
-    def __init__(self, split: Split, batch_size: int, augment: str = "none", train: bool = True, seed: int = 0, device="cpu"):
+    """Batches of a `Split` on `device`: shuffled, augmented and without the last ragged batch in training; all images in order otherwise.
+
+    With `shard=(rank, size)`, this process's part of each batch."""
+    def __init__(self, split: Split, batch_size: int, augment: str = "none", train: bool = True, seed: int = 0, device="cpu", shard=(0, 1)):
         if augment not in AUGMENTS[:3]: raise DataError(f"augment={augment!r} is for image folders; images in memory know {', '.join(AUGMENTS[:3])}")
         if train and len(split) < batch_size: raise DataError(f"{len(split)} training images do not fill one batch of {batch_size}")
-        self.split, self.batch_size, self.augment, self.train, self.seed = split.to(device), batch_size, augment, train, seed
+        self.split, self.batch_size, self.augment, self.train, self.seed, self.shard, self.broken = split.to(device), batch_size, augment, train, seed, shard, split.broken
         self.mean, self.std = (torch.tensor(v, device=device).reshape(1, -1, 1, 1)*255 for v in (split.mean, split.std))
 
     def __len__(self): return len(self.split)//self.batch_size if self.train else -(-len(self.split)//self.batch_size)
@@ -132,23 +161,77 @@ class TensorLoader:
         s, pad, device = self.split, self.split.images.shape[-1]//8, self.split.labels.device
         order = torch.randperm(len(s), generator=generator(self.seed, epoch)).to(device) if self.train else torch.arange(len(s), device=device)
         for step in range(start, len(self)):
-            i = order[step*self.batch_size:(step + 1)*self.batch_size]
+            batch = order[step*self.batch_size:(step + 1)*self.batch_size]
+            part = share(len(batch), self.shard); i = batch[part]
+            if len(i) == 0: continue                                       # the last batch of a test may have no image for every process
             x = s.images[i]
-            if self.train and self.augment != "none": x = pad_crop_flip(x, pad, self.augment == "crop_flip", generator(self.seed, epoch, step))
+            if self.train and self.augment != "none": x = pad_crop_flip(x, pad, self.augment == "crop_flip", generator(self.seed, epoch, step), len(batch), part)
             yield (x.float() - self.mean)/self.std, s.labels[i]
+
+# %% ../nbs/03_data.ipynb #0f5c91c4
+class Packed:
+    "What `pack` wrote for one split, with ImageFolder's surface: `.classes`, `.samples`, `.targets`, `.loader`"
+    def __init__(self, path):
+        index = dict(np.load(f"{path}.npz"))
+        self.root, self.classes, self.targets = path, index["classes"].tolist(), index["labels"].tolist()
+        self.places, self.sizes, self.pixels = index["offsets"], index["sizes"], None
+        if os.path.getsize(f"{path}.u8") != self.places[-1]: raise DataError(f"{path}.u8 has {os.path.getsize(f'{path}.u8')} bytes where {path}.npz says {self.places[-1]}: pack it again")
+        self.samples = list(zip(range(len(self.targets)), self.targets))
+
+    def __len__(self): return len(self.samples)
+
+    def loader(self, i):
+        from PIL import Image
+        if self.pixels is None: self.pixels = np.memmap(f"{self.root}.u8", np.uint8, "r")                    # opened in the worker that reads
+        return Image.fromarray(self.pixels[self.places[i]:self.places[i + 1]].reshape(*self.sizes[i], 3))
+
+
+def open_folder(path):
+    "The packed split `path` where there is one, else torchvision's ImageFolder"
+    if Path(f"{path}.u8").exists(): return Packed(path)
+    from torchvision.datasets import ImageFolder
+    return ImageFolder(path)
+
+# %% ../nbs/03_data.ipynb #e7dd46ab
+def pack(root, to, size: int = 256, workers: int | None = None) -> dict:
+    "Decode the pictures below `root` once into `to/{train,val}.u8`, short sides at most `size`. Broken ones are named and left out. Returns {split: pictures}."
+    from concurrent.futures import ThreadPoolExecutor
+    Path(to).mkdir(parents=True, exist_ok=True); out = {}
+    for path in image_folders(root):
+        folder, target = open_folder(path), Path(to)/path.name
+        def decode(sample):
+            try: x = folder.loader(sample[0])
+            except Exception as e: return why_broken(e)
+            k = size/min(x.size)
+            return np.asarray(x if k >= 1 else x.resize([max(1, round(s*k)) for s in x.size], reducing_gap=2.))
+        labels, offsets, sizes, broken, n = [], [0], [], {}, 256
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool, open(f"{target}.part", "wb") as f:
+            for start in range(0, len(folder.samples), n):
+                for (name, y), x in zip(folder.samples[start:start + n], pool.map(decode, folder.samples[start:start + n])):
+                    if isinstance(x, str): broken[name] = x; continue
+                    f.write(x.tobytes()); labels.append(y); offsets.append(offsets[-1] + x.size); sizes.append(x.shape[:2])
+        np.savez(f"{target}.npz", labels=labels, offsets=offsets, sizes=sizes, classes=folder.classes)
+        os.replace(f"{target}.part", f"{target}.u8"); say_broken(broken, "skip"); out[path.name] = len(labels)
+    return out
 
 # %% ../nbs/03_data.ipynb #a0d0a0ab
 class _Pictures(torch.utils.data.Dataset):
-    "A torchvision ImageFolder whose item is (index, seed): uint8 picture, label. Made here so that workers can pickle it."
-    def __init__(self, folder, transform): self.folder, self.transform = folder, transform
+    """A torchvision ImageFolder whose item is (index, seed): uint8 picture, label, and why the picture asked for is broken, or "".
+
+    A broken one's place is taken by the next that can be read; in a test nothing takes it, and the label is -1. Made here so that workers can pickle it."""
+    def __init__(self, folder, transform, train): self.folder, self.transform, self.train = folder, transform, train
     def __len__(self): return len(self.folder)
 
     def __getitem__(self, item):
         i, seed = item
-        path, y = self.folder.samples[i]
-        torch.manual_seed(seed); random.seed(seed)
-        try: return self.transform(self.folder.loader(path)), y
-        except OSError as e: raise DataError(f"{path} cannot be decoded: {e}") from e
+        broken = ""
+        for k in range(len(self.folder)):
+            path, y = self.folder.samples[(i + k) % len(self.folder)]
+            torch.manual_seed(seed); random.seed(seed)
+            try: return self.transform(self.folder.loader(path)), y, i, broken
+            except Exception as e: broken = broken or why_broken(e)
+            if not self.train: return torch.zeros(3, *self.transform.transforms[-2].size, dtype=torch.uint8), -1, i, broken
+        raise DataError(f"not one picture of {self.folder.root} can be decoded")
 
 # %% ../nbs/03_data.ipynb #55c7be4f
 def transforms(train: bool, size: int, augment: str):
@@ -162,14 +245,29 @@ def transforms(train: bool, size: int, augment: str):
 
 
 class FolderLoader:
-    "Batches of an ImageFolder, decoded by workers, normalised on `device`; the same protocol as `TensorLoader`."
-    def __init__(self, path, batch_size: int, size: int, augment="randaugment", train=True, seed=0, device="cpu", workers=None):
-        from torchvision.datasets import ImageFolder
-        self.folder, self.batch_size, self.train, self.seed, self.device = ImageFolder(path), batch_size, train, seed, device
+    "Batches of an ImageFolder, decoded by workers, normalised on `device`; the same protocol as `TensorLoader`. `broken`: 'skip', or 'refuse': decode all of this process's pictures first."
+    def __init__(self, path, batch_size: int, size: int, augment="randaugment", train=True, seed=0, device="cpu", workers=None, shard=(0, 1), broken="skip"):
+        self.folder, self.batch_size, self.train, self.seed, self.device, self.shard = open_folder(path), batch_size, train, seed, device, shard
         if train and len(self.folder) < batch_size: raise DataError(f"{len(self.folder)} training images do not fill one batch of {batch_size}")
-        self.data = _Pictures(self.folder, transforms(train, size, augment))
-        self.workers = min(16, os.cpu_count() or 1) if workers is None else workers
+        self.data = _Pictures(self.folder, transforms(train, size, augment), train)
+        self.workers = min(16, (os.cpu_count() or 1)//int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if workers is None else workers
         self.mean, self.std = (torch.tensor(v, device=device).reshape(1, -1, 1, 1)*255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.broken = {}
+        if broken != "skip": self._check(broken)
+
+    def _check(self, broken):
+        mine = range(len(self.folder))[share(len(self.folder), self.shard)]
+        look = torch.utils.data.DataLoader(_Pictures(self.folder, transforms(False, 1, "none"), False), batch_sampler=[[(i, 0)] for i in mine], num_workers=self.workers)
+        say_broken({self.folder.samples[int(i[0])][0]: why[0] for _, _, i, why in look if why[0]}, broken)
+
+    def _noted(self, x, y, index, why):
+        "The batch less its broken pictures of a test; each broken one is named once"
+        for i, w in zip(index.tolist(), why):
+            path = self.folder.samples[i][0]
+            if w and path not in self.broken:
+                self.broken[path] = w
+                print(f"{path} cannot be decoded: {w}; {'the next one takes its place' if self.train else 'it is not counted'} ({len(self.broken)} so far)", file=sys.stderr, flush=True)
+        return (x, y) if self.train else (x[y >= 0], y[y >= 0])
 
     def __len__(self): return len(self.folder)//self.batch_size if self.train else -(-len(self.folder)//self.batch_size)
 
@@ -178,9 +276,12 @@ class FolderLoader:
         n = len(self.folder)
         order = torch.randperm(n, generator=generator(self.seed, epoch)).tolist() if self.train else range(n)
         seeds = torch.randint(2**31, (n,), generator=generator(self.seed, epoch, "pictures")).tolist()
-        batches = [[(i, seeds[i]) for i in order[k*self.batch_size:(k + 1)*self.batch_size]] for k in range(start, len(self))]
+        whole = [order[k*self.batch_size:(k + 1)*self.batch_size] for k in range(start, len(self))]
+        batches = [b for b in ([(i, seeds[i]) for i in w[share(len(w), self.shard)]] for w in whole) if b]
         cuda = torch.device(self.device).type == "cuda"
-        for x, y in torch.utils.data.DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda):
+        for batch in torch.utils.data.DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda):
+            x, y = self._noted(*batch)
+            if len(y) == 0: continue
             yield (x.to(self.device, non_blocking=True).float() - self.mean)/self.std, y.to(self.device, non_blocking=True)
 
 # %% ../nbs/03_data.ipynb #5112f792
@@ -195,18 +296,20 @@ class Data:
     test: object
 
 
-def load_data(name: str, batch_size: int, augment: str = "none", image_size: int = 0, test_size: int = 0, data=None, seed: int = 0, device="cpu", classes: int = 0) -> Data:
+def load_data(name: str, batch_size: int, augment: str = "none", image_size: int = 0, test_size: int = 0, data=None, seed: int = 0, device="cpu", classes: int = 0,
+              shard=(0, 1), broken: str = "skip") -> Data:
     "`digits`, `cifar100`, or an image folder (a folder below the data root, or `imagenet` for the root itself). DataError where it is not as expected."
+    if batch_size % shard[1]: raise DataError(f"batch_size={batch_size} cannot be shared equally by {shard[1]} processes")
     if augment not in AUGMENTS: raise DataError(f"unknown augment={augment!r}: there are {', '.join(AUGMENTS)}")
     root = None if name == "digits" else data_root(data)
     if name in ("digits", "cifar100") or image_size <= 64:
-        tr, te = load_digits() if name == "digits" else load_cifar100(root) if name == "cifar100" else load_image_folder(_folder(root, name), image_size)
+        tr, te = load_digits() if name == "digits" else load_cifar100(root) if name == "cifar100" else load_image_folder(_folder(root, name), image_size, broken)
         if image_size and tr.images.shape[-1] != image_size: raise DataError(f"{name} has images of {tr.images.shape[-1]} pixels, the recipe says image_size={image_size}")
         n, c, sha = int(tr.labels.max()) + 1, tr.images.shape[1], hashlib.sha256((tr.sha256 + te.sha256).encode()).hexdigest()
-        loaders = TensorLoader(tr, batch_size, augment, True, seed, device), TensorLoader(te, max(batch_size, 500), "none", False, seed, device)
+        loaders = TensorLoader(tr, batch_size, augment, True, seed, device, shard), TensorLoader(te, max(batch_size, 500), "none", False, seed, device, shard)
     else:
         paths = image_folders(_folder(root, name))
-        loaders = (FolderLoader(paths[0], batch_size, image_size, augment, True, seed, device), FolderLoader(paths[1], batch_size, test_size or image_size, augment, False, seed, device))
+        loaders = (FolderLoader(paths[0], batch_size, image_size, augment, True, seed, device, None, shard, broken), FolderLoader(paths[1], batch_size, test_size or image_size, augment, False, seed, device, None, shard, broken))
         n, c, sha = len(loaders[0].folder.classes), 3, listing_sha256(paths)
     if classes and n != classes: raise DataError(f"{name} has {n} classes, the recipe says num_classes={classes}")
     return Data(name, sha, n, c, *loaders)
@@ -222,10 +325,24 @@ def listing_sha256(paths) -> str:
     h = hashlib.sha256()
     for p in paths:
         for f in sorted(Path(p).glob("*/*")): h.update(f"{f.relative_to(p)} {f.stat().st_size}\n".encode())
+        if (packed := Path(f"{p}.npz")).exists(): h.update(packed.read_bytes())
     return h.hexdigest()
 
 
-if __name__ == "__main__" and "__file__" in globals():
-    import sys
-    if len(sys.argv) != 3 or sys.argv[1] != "cifar100": sys.exit("usage: python -m repopt.data cifar100 FOLDER    (downloads and checks CIFAR-100)")
-    load_cifar100(sys.argv[2], download=True); print(f"CIFAR-100: ready in {sys.argv[2]}")
+def main(argv=None) -> int:
+    "Fetch CIFAR-100, or pack pictures. Returns the exit code."
+    import argparse
+    p = argparse.ArgumentParser(prog="python -m repopt.data", description="Fetch CIFAR-100, or decode a folder of pictures once.")
+    do = p.add_subparsers(dest="what", required=True)
+    c = do.add_parser("cifar100", help="download and check CIFAR-100"); c.add_argument("folder")
+    k = do.add_parser("pack", help="decode train/ and val/ below FOLDER into raw pictures below PACKED, for loaders that JPEGs would slow down")
+    k.add_argument("folder"); k.add_argument("packed"); k.add_argument("--size", type=int, default=256, help="short side at most this (256)")
+    a = p.parse_args(argv)
+    try:
+        if a.what == "cifar100": load_cifar100(a.folder, download=True); print(f"CIFAR-100: ready in {a.folder}")
+        else: print(", ".join(f"{n} pictures in {s}" for s, n in pack(a.folder, a.packed, a.size).items()))
+    except DataError as e: print(f"error: {e}", file=sys.stderr); return 2
+    return 0
+
+
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -6,23 +6,24 @@
 __all__ = ['SGD', 'ADAM', 'NADAM', 'RADAM', 'RMSPROP', 'ADAGRAD', 'RPROP', 'LION', 'ADAMAX', 'ADADELTA', 'ONE_PASS', 'RULES',
            'REFUSED', 'RepSGD', 'RepASGD', 'RepAdam', 'RepAdamW', 'RepNAdam', 'RepRAdam', 'RepRMSprop', 'RepAdagrad',
            'RepRprop', 'RepAdamax', 'RepAdadelta', 'RepLion', 'named_groups', 'param_groups', 'RepOptimizer',
-           'memory_order', 'flat', 'combine', 'Terms', 'Rule', 'per_branch', 'rep_optimizer', 'Explicit',
-           'clip_grad_norm_', 'check_equivalence', 'attach']
+           'memory_order', 'flat', 'Term', 'combine', 'Terms', 'Rule', 'per_branch', 'multiply_grads', 'rep_optimizer',
+           'Explicit', 'clip_grad_norm_', 'check_equivalence', 'attach']
 
-# %% ../nbs/01b_optim.ipynb #fe70ac0d
+# %% ../nbs/01b_optim.ipynb #17ee802c
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
+from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from .csla import CSLA, Conv, Depthwise, equivalent_kernel
 from .grad_mult import GradMult, named_branch
 from .scales import Scales, check_fit, strip_prefix
 
-# %% ../nbs/01b_optim.ipynb #536161c9
+# %% ../nbs/01b_optim.ipynb #13adf8cd
 def named_groups(params) -> list:
     "`params` as torch takes them, as a list of groups of (name, tensor). ValueError where names are missing."
     groups = list(params)
@@ -33,6 +34,7 @@ def named_groups(params) -> list:
         if not all(isinstance(p, tuple) and len(p) == 2 for p in g["params"]):
             raise ValueError("a RepOptimizer joins scales and parameters by name: pass model.named_parameters(), or groups of (name, parameter)")
     named = [p for g in groups for p in g["params"]]
+    if any("_fsdp_wrapped_module." in n for n, _ in named): raise ValueError("FullyShardedDataParallel cuts kernels without regard to their channels, so that no Grad Mult fits them: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
     if twice := {n for i, (n, p) in enumerate(named) if any(p is q or n == m for m, q in named[:i])}: raise ValueError(f"given twice: {', '.join(sorted(twice))}")
     if wrong := [n for n, p in named if p.is_complex() or p.is_sparse]: raise ValueError(f"complex and sparse parameters have no Grad Mult: {', '.join(wrong)}")
     return groups
@@ -114,7 +116,7 @@ def _reduce(self, _): return _rebuild, (self.torch_class, self.way), self.__gets
 RepOptimizer.__getstate__, RepOptimizer.__setstate__, RepOptimizer.__reduce_ex__ = _getstate, _setstate, _reduce
 RepOptimizer.state_dict, RepOptimizer.load_state_dict, RepOptimizer._check_scales = _state_dict, _load_state_dict, _check_scales
 
-# %% ../nbs/01b_optim.ipynb #bfa10f61
+# %% ../nbs/01b_optim.ipynb #940e79dd
 def memory_order(p: Tensor) -> str:
     "'rows' for a contiguous kernel, 'channels_last' for that layout; ValueError for any other, which has no flat view"
     if p.is_contiguous(): return "rows"
@@ -126,36 +128,47 @@ def flat(t: Tensor, order: str) -> Tensor:
     "`t` as `[O, L]` in the memory order of its kernel: a view of a tensor that has that order, a copy of one that has not"
     return (t.permute(0, 2, 3, 1) if order == "channels_last" else t).reshape(t.shape[0], -1)
 
+# %% ../nbs/01b_optim.ipynb #5bb63c66
+class Term(NamedTuple):
+    "One branch of a flat kernel: |α| `[O, 1]`, and `mask` `[1, L]`, 1 in the columns that it reaches and else 0; None where it reaches all."
+    branch: str
+    alpha: Tensor
+    mask: Tensor | None = None
+
+    def only(self, value): "`value` where the branch reaches, 0 elsewhere"; return value if self.mask is None else value*self.mask
+
+    def rows(self, at: slice): return self._replace(alpha=self.alpha[at])
+
 
 def combine(terms, fn: Callable) -> Tensor:
-    "Σ fn(|α|) over the branches, each where it reaches; `terms` as made by `Terms`"
-    return sum(fn(a) if mask is None else fn(a)*mask for a, mask in terms)
+    "Σ fn(|α|) over the branches, each where it reaches"
+    return sum(t.only(fn(t.alpha)) for t in terms)
 
-# %% ../nbs/01b_optim.ipynb #e33d0026
+# %% ../nbs/01b_optim.ipynb #8c6ed306
 class Terms:
-    """|α| of the branches of a kernel, or of its rows from `first_row` on.
+    """The branches of a kernel, or of a shard of its rows that begins with `first_row`.
 
-    `whole`: [(`[O, 1]`, mask `[1, L]` or None)]. `segments`: the same as [(first column, last, terms)], without masks where a branch's columns
-    lie together, as the centre's do in channels_last. With an identity, `diagonal`: the flat index `[O]` of its entries; `there`: [(`[O]`, None)] of all branches."""
+    `segments`: [(first column, last, [Term])], one where each smaller branch's columns are scattered. With an identity, `diagonal`: the flat index `[O]` of the entries it reaches, and `there`: the terms of all branches at them."""
     def __init__(self, scales: Mapping, p: Tensor, order: str, first_row: int = 0):
-        kw = dict(device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-        rows = slice(first_row, first_row + len(p))
-        self.whole, self.there, self.diagonal = [], [], None
+        kw, at = dict(device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32), slice(first_row, first_row + len(p))
+        whole, self.there, self.diagonal = [], [], None
         for name, s in scales.items():
-            b = named_branch(name)
-            a = (torch.ones_like(s) if name == "identity" else s.abs())[rows].to(**kw)
-            self.there.append((a, None))
+            b, alpha = named_branch(name), (torch.ones_like(s) if name == "identity" else s.abs())[at].to(**kw)
+            self.there.append(Term(name, alpha))
             if isinstance(b, Depthwise): self.diagonal = self._diagonal(p, order, first_row)
             else:
                 mask = flat(self._reached(b, p, torch.ones((), **kw)), order)
-                self.whole.append((a.reshape(-1, 1), None if mask.all() else mask))
-        self.segments = self._cut(flat(p[:1], order).shape[1])
+                whole.append(Term(name, alpha.reshape(-1, 1), None if mask.all() else mask))
+        self.segments = self._cut(whole, flat(p[:1], order).shape[1])
 
-    def _cut(self, L):
-        masks = [(m[0] > 0).tolist() for _, m in self.whole if m is not None]
-        edges = [0, *(i + 1 for i in range(L - 1) if any(m[i] != m[i + 1] for m in masks)), L] if masks else [0, L]
-        if len(edges) > 4: return [(0, L, self.whole)]                         # scattered: one pass with masks
-        return [(a, b, [(s, None) for s, m in self.whole if m is None or m[0, a] > 0]) for a, b in zip(edges, edges[1:])]
+    @staticmethod
+    def _cut(terms, L):
+        "Cut where branches begin and end, if their columns lie together, as the centre's do in channels_last"
+        reached = [(t.mask[0] > 0).tolist() for t in terms if t.mask is not None]
+        edges = [0, *(i + 1 for i in range(L - 1) if any(r[i] != r[i + 1] for r in reached)), L]
+        if len(edges) > 4: return [(0, L, terms)]
+        cut = [(a, b, [Term(t.branch, t.alpha) for t in terms if t.mask is None or t.mask[0, a] > 0]) for a, b in zip(edges, edges[1:])]
+        return [c for c in cut if c[2]]
 
     @staticmethod
     def _reached(b, p, value):
@@ -173,9 +186,10 @@ class Terms:
         rows = torch.arange(len(p), device=p.device)
         return rows*channel.numel() + place[(rows + first_row) % n]
 
-    def tensors(self): return [t for a, m in (*self.whole, *self.there) for t in (a, m) if t is not None] + [self.diagonal] * (self.diagonal is not None)
+    @property
+    def nbytes(self): return sum(t.nbytes for t in {id(t): t for terms in (self.there, *(x for *_, x in self.segments)) for term in terms for t in term[1:] if t is not None}.values()) + (0 if self.diagonal is None else self.diagonal.nbytes)
 
-# %% ../nbs/01b_optim.ipynb #31eaa2bf
+# %% ../nbs/01b_optim.ipynb #2c98deb7
 @dataclass(frozen=True)
 class Rule:
     "One update rule on one flat kernel. `kernel(P, G, S, k, flags, terms)` updates parameter P and state S in place."
@@ -185,9 +199,8 @@ class Rule:
     flags: Callable = lambda g: ()                                             # group -> what is fixed while a kernel is compiled
     per_branch: tuple = ()       # state that each branch keeps for itself
     coupled: bool = True         # does its weight_decay mean coupled decay?
-    costly: bool = True          # is its arithmetic per branch worth cutting the kernel where the branches end?
 
-# %% ../nbs/01b_optim.ipynb #596fa7d2
+# %% ../nbs/01b_optim.ipynb #d4e7f391
 def _sgd(P, G, S, k, flags, terms):
     momentum, nesterov, decay = flags
     d = G * combine(terms, lambda a: a*a)
@@ -199,17 +212,16 @@ def _sgd(P, G, S, k, flags, terms):
 
 SGD = Rule(_sgd, lambda g: ("momentum_buffer",) if g["momentum"] else (),
            lambda g, t: dict(lr=g["lr"], decay=g["weight_decay"], momentum=g["momentum"], old=g["momentum"] if t > 1 else 0., new=1 - g["dampening"] if t > 1 else 1.),
-           lambda g: (bool(g["momentum"]), g["nesterov"], bool(g["weight_decay"])), coupled=False, costly=False)
+           lambda g: (bool(g["momentum"]), g["nesterov"], bool(g["weight_decay"])), coupled=False)
 
-# %% ../nbs/01b_optim.ipynb #572ceb22
+# %% ../nbs/01b_optim.ipynb #6e3015f2
 def per_branch(terms, n, r, eps, one_division=False):
     "Σ a²n/(a·r + eps). Over a common denominator there is one division for all branches; products of tiny eps would underflow."
     if not one_division or len(terms) == 1: return combine(terms, lambda a: a*a*n/(a*r + eps))
-    (a, m), *more = terms
-    num, den = a*a if m is None else a*a*m, a*r + eps
-    for a, m in more:
-        d = a*r + eps
-        num, den = num*d + (a*a if m is None else a*a*m)*den, den*d
+    num, den = 0., 1.
+    for t in terms:
+        d = t.alpha*r + eps
+        num, den = num*d + t.only(t.alpha*t.alpha)*den, den*d
     return n*(num/den)
 
 
@@ -228,7 +240,7 @@ def _adam_scalars(g, t):
 
 ADAM = Rule(_adam, lambda g: ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * g["amsgrad"], _adam_scalars, lambda g: (g["amsgrad"], g.get("eps_form") == "sum", g["eps"] >= 1e-12))
 
-# %% ../nbs/01b_optim.ipynb #56f72bec
+# %% ../nbs/01b_optim.ipynb #9429374c
 def _nadam(P, G, S, k, flags, terms):
     P.mul_(k["keep"])
     m = S["exp_avg"].add_(k["w1"]*(G - S["exp_avg"]))
@@ -250,12 +262,12 @@ def _radam(P, G, S, k, flags, terms):
     P.mul_(k["keep"])
     m = S["exp_avg"].add_(k["w1"]*(G - S["exp_avg"]))
     v = S["exp_avg_sq"].mul_(k["b2"]).add_(k["w2"]*G*G)
-    if k["rect"] > 0: P.sub_(per_branch(terms, m*(k["step"]*k["rect"]/k["root"]), v.sqrt(), k["eps"]))
-    else: P.sub_(combine(terms, lambda a: a*a)*m*k["step"])
+    P.sub_(per_branch(terms, m*k["rectified"], v.sqrt(), k["eps"]) + combine(terms, lambda a: a*a)*m*k["plain"])
 
 def _radam_scalars(g, t):
-    b2 = g["betas"][1]; last = 2/(1 - b2) - 1; rho = last - 2*t*b2**t/(1 - b2**t)
-    return {**_adam_scalars(g, t), "rect": ((rho - 4)*(rho - 2)*last/((last - 4)*(last - 2)*rho))**.5 if rho > 5 else 0.}
+    b2, k = g["betas"][1], _adam_scalars(g, t); last = 2/(1 - b2) - 1; rho = last - 2*t*b2**t/(1 - b2**t)
+    rect = ((rho - 4)*(rho - 2)*last/((last - 4)*(last - 2)*rho))**.5 if rho > 5 else 0.
+    return {**k, "rectified": k["step"]*rect/k["root"], "plain": 0. if rect else k["step"]}
 
 RADAM = Rule(_radam, lambda g: ("exp_avg", "exp_avg_sq"), _radam_scalars)
 
@@ -298,13 +310,13 @@ def _lion(P, G, S, k, flags, terms):
 
 LION = Rule(_lion, lambda g: ("exp_avg",), lambda g, t: dict(lr=g["lr"], keep=1 - g["lr"]*g["weight_decay"], w1=1 - g["betas"][0], w2=1 - g["betas"][1]), coupled=False)
 
-# %% ../nbs/01b_optim.ipynb #10a82b07
+# %% ../nbs/01b_optim.ipynb #2666a36a
 def _adamax(P, G, S, k, flags, terms):
     m, step = S["exp_avg"].lerp_(G, k["w1"]), 0
-    for i, (a, where) in enumerate(terms):
-        u = S[f"exp_inf.{i}"]
+    for t in terms:
+        a, u = t.alpha, S[f"exp_inf.{t.branch}"]
         u.copy_(torch.maximum(u*k["b2"], a*G.abs() + k["eps"]))
-        step = step + combine([(a, where)], lambda a: a*a*m/u)
+        step = step + t.only(a*a*m/u)
     P.sub_(k["step"]*step)
 
 ADAMAX = Rule(_adamax, lambda g: ("exp_avg",), lambda g, t: dict(w1=1 - g["betas"][0], b2=g["betas"][1], eps=g["eps"], step=g["lr"]/(1 - g["betas"][0]**t)), per_branch=("exp_inf",))
@@ -312,16 +324,16 @@ ADAMAX = Rule(_adamax, lambda g: ("exp_avg",), lambda g, t: dict(w1=1 - g["betas
 
 def _adadelta(P, G, S, k, flags, terms):
     v, step = S["square_avg"].mul_(k["rho"]).add_((1 - k["rho"])*G*G), 0
-    for i, (a, where) in enumerate(terms):
-        acc = S[f"acc_delta.{i}"]
+    for t in terms:
+        a, acc = t.alpha, S[f"acc_delta.{t.branch}"]
         d = (acc + k["eps"]).sqrt()/(a*a*v + k["eps"]).sqrt()*a*G
         acc.mul_(k["rho"]).add_((1 - k["rho"])*d*d)
-        step = step + combine([(a, where)], lambda a: a*d)
+        step = step + t.only(a*d)
     P.sub_(k["lr"]*step)
 
 ADADELTA = Rule(_adadelta, lambda g: ("square_avg",), lambda g, t: dict(lr=g["lr"], rho=g["rho"], eps=g["eps"]), per_branch=("acc_delta",))
 
-# %% ../nbs/01b_optim.ipynb #d4634aee
+# %% ../nbs/01b_optim.ipynb #1c86c28d
 def _rule_step(self):
     "Step every kernel that has scales by `self.rule`, and the other parameters by torch's own class"
     jobs, ours = {}, []
@@ -330,11 +342,7 @@ def _rule_step(self):
             if p.grad is None or name not in self.scales: continue
             if p.grad.is_sparse: raise ValueError(f"{name} has a sparse gradient, which has no Grad Mult")
             ours.append((p, p.grad))
-            state = self.state[p]
-            t = 1 + int(state.get("step", 0)) if self.rule is not SGD else 1 + ("momentum_buffer" in state)
-            self._init_kernel(name, p, group)
-            if "step" in state: state["step"].fill_(t)
-            jobs.setdefault((i, t), []).append((name, p))
+            jobs.setdefault((i, self._count(p, group)), []).append(self._view(name, p, group))
     for p, _ in ours: p.grad = None                                          # torch's own step passes them by
     fuse = [g for g in self.param_groups if g.get("fused", True) is None and g.get("foreach") is None] if self._compiles(sum(p.numel() for p, _ in ours)) else []
     try:
@@ -343,20 +351,37 @@ def _rule_step(self):
     finally:
         for g in fuse: g["fused"] = None
         for p, g in ours: p.grad = g
-    for (i, t), kernels in jobs.items(): self._run(i, t, kernels)
+    for (i, t), views in jobs.items(): self._update(i, t, [v for v in views if v["P"]])
 
 RepOptimizer._rule_step = _rule_step
 
-# %% ../nbs/01b_optim.ipynb #870340cd
-def _init_kernel(self, name, p, group):
-    "State as the rule wants it, shaped and laid out like the kernel (a loaded one is laid out again)"
+# %% ../nbs/01b_optim.ipynb #887a5b90
+def _count(self, p, group):
+    "The number of this step for one kernel: an int, or with `capturable` a tensor that stays on the device. Only SGD needs no count but 'the first'."
     state = self.state[p]
-    if "step" not in state and self.rule is not SGD: state["step"] = torch.zeros((), dtype=torch.float32)
-    if self.rule is NADAM and "mu_product" not in state: state["mu_product"] = torch.ones(())      # torch's NAdam expects it in a loaded state
-    names = [*self.rule.state(group), *(f"{n}.{i}" for n in self.rule.per_branch for i in range(len(self.scales[name])))]
-    for n in names:
-        if n not in state or state[n] is None: state[n] = torch.zeros_like(p)
-        elif state[n].stride() != p.stride(): state[n] = torch.empty_like(p).copy_(state[n])
+    if self.rule is SGD: return 1 + ("momentum_buffer" in state)
+    stays = bool(group.get("capturable"))
+    if "step" not in state: state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if stays else "cpu")
+    state["step"] += 1
+    return "captured" if stays else int(state["step"])
+
+
+def _view(self, name, p, group) -> dict:
+    "The flat pieces and terms of one kernel, made anew only when its memory or its state has been replaced"
+    state, v = self.state[p], self._views.get(name)
+    names = [*self.rule.state(group), *(f"{n}.{b}" for n in self.rule.per_branch for b in self.scales[name])]
+    if v is None or v["p"] is not p or v["at"] != _local(p).data_ptr() or any(state.get(n) is not v["state"].get(n, p) for n in names):
+        local = _local(p); order = memory_order(local)
+        if self.rule is NADAM: state.setdefault("mu_product", torch.ones(()))                           # torch's NAdam expects it in a loaded state
+        for n in names:                                                        # shaped and laid out like the kernel; a loaded one is laid out again
+            if state.get(n) is None: state[n] = torch.zeros_like(p)
+            elif state[n].stride() != p.stride(): state[n] = torch.empty_like(p).copy_(state[n])
+        flats = {n: flat(_local(state[n]), order) for n in names}
+        whole, T = flat(local, order), Terms(self.scales[name], local, order, _first_row(p))
+        v = self._views[name] = dict(p=p, at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T, edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
+                                     P=[whole[:, a:b] for a, b, _ in T.segments] if len(whole) else [], S=[{n: s[:, a:b] for n, s in flats.items()} for a, b, _ in T.segments],
+                                     corner=None if T.diagonal is None else [whole.view(-1), *(s.view(-1) for s in flats.values())])
+    return v
 
 
 def _local(t):
@@ -371,57 +396,51 @@ def _first_row(p) -> int:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0]
 
-RepOptimizer._init_kernel = _init_kernel
+RepOptimizer._count, RepOptimizer._view = _count, _view
 
-# %% ../nbs/01b_optim.ipynb #1117995a
-def _view(self, name, p) -> dict:
-    "The flat views and terms of one kernel, made anew only when its memory or its state has been replaced"
-    state, v = self.state[p], self._views.get(name)
-    if v is None or v["p"] is not p or v["at"] != _local(p).data_ptr() or any(state.get(k) is not s for k, s in v["state"].items()):
-        local = _local(p); order = memory_order(local)
-        like = {k: s for k, s in state.items() if s.shape == p.shape}
-        v = self._views[name] = dict(p=p, at=local.data_ptr(), state=like, order=order, P=flat(local, order), S={k: flat(_local(s), order) for k, s in like.items()},
-                                     T=Terms(self.scales[name], local, order, _first_row(p)))
-    return v
-
-
-def _run(self, i, t, kernels):
+# %% ../nbs/01b_optim.ipynb #d6ff2464
+def _update(self, i, t, views):
     "The update of the kernels of group `i` at step `t`, compiled where that pays"
     group = self.param_groups[i]
-    views = [v for v in (self._view(name, p) for name, p in kernels) if v["P"].numel()]
-    jobs = [dict(P=v["P"], G=flat(_local(v["p"].grad), v["order"]), S=v["S"]) for v in views]
-    if group.get("maximize"): jobs = [{**j, "G": -j["G"]} for j in jobs]
-    corners = [(v["T"].diagonal, j, {x: j[x].reshape(-1).index_select(0, v["T"].diagonal) for x in "PG"} | dict(S={n: s.view(-1).index_select(0, v["T"].diagonal) for n, s in j["S"].items()}, T=v["T"].there))
-               for v, j in zip(views, jobs) if v["T"].diagonal is not None]
-    pieces = lambda T, L: T.segments if self.rule.costly else [(0, L, T.whole)]
-    cut = [dict(P=j["P"][:, a:b], G=j["G"][:, a:b], S={n: s[:, a:b] for n, s in j["S"].items()}, T=terms)
-           for v, j in zip(views, jobs) for a, b, terms in pieces(v["T"], j["P"].shape[1]) if terms]
-    self._update([*cut, *(c for *_, c in corners)], (i, self.rule.flags(group)), self.rule.scalars(group, t))
-    for at, j, c in corners:
-        j["P"].view(-1).index_copy_(0, at, c["P"])
-        for n, s in j["S"].items(): s.view(-1).index_copy_(0, at, c["S"][n])
+    P, S, T = ([x for v in views for x in v[k]] for k in "PST")
+    grads = [flat(_local(v["p"].grad), v["order"]) for v in views]
+    G = [g[:, a:b] for v, g in zip(views, grads) for a, b in v["edges"]]
+    corners = [(v, [x.index_select(0, v["terms"].diagonal) for x in (*v["corner"], g.reshape(-1))]) for v, g in zip(views, grads) if v["corner"]]
+    for v, (w, *state, g) in corners: P.append(w); S.append(dict(zip(v["state"], state))); G.append(g); T.append(v["terms"].there)
+    if group.get("maximize"): G = [-g for g in G]
+    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if t == "captured" else t) if views else {}
+    self._run((i, flags), P, G, S, T, k)
+    for v, parts in corners:
+        for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].diagonal, y)
 
 
-def _update(self, jobs, key, k):
-    "Step kernels and their diagonals, compiled where that pays"
-    P, G, S, T = ([j[x] for j in jobs] for x in "PGST")
+def _run(self, key, P, G, S, T, k):
+    "Step the pieces, compiled where that pays"
     if self._compiles(sum(p.numel() for p in P)):
         wide = torch.float64 if P[0].dtype == torch.float64 else torch.float32
         try:
             if key not in self._compiled: self._compiled[key] = torch.compile(_code_copy(_update_all), dynamic=False, options=ONE_PASS)
-            return self._compiled[key](self.rule.kernel, P, G, S, {n: torch.as_tensor(v).to(wide) for n, v in k.items()}, key[1], T)
+            return self._compiled[key](self.rule.kernel, P, G, S, T, {n: torch.as_tensor(v).to(wide) for n, v in k.items()}, key[1])
         except Exception as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
+            if not type(e).__module__.startswith("torch._"): raise              # from the step itself, not from the compiler: nothing may be stepped twice
             self.compiled = False
             warnings.warn(f"{type(self).__name__}: the step could not be compiled, going on without: {str(e).splitlines()[0]}")
-    _update_all(self.rule.kernel, P, G, S, k, key[1], T)
+    for job in zip(P, G, S, T): _update_all(self.rule.kernel, *zip(*_blocks(*job)), k, key[1])
 
 
-def _update_all(kernel, P, G, S, k, flags, T):
+def _update_all(kernel, P, G, S, T, k, flags):
     for p, g, s, terms in zip(P, G, S, T): kernel(p, g, s, k, flags, terms)
 
 
-ONE_PASS = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}    # keep every intermediate in registers: one pass over the memory, no buffers
+def _blocks(p, g, s, terms, entries=1 << 16):
+    "The same kernel in blocks of rows that a cache holds"
+    n = max(1, entries//p[0].numel())
+    if p.is_cuda or n >= len(p): return [(p, g, s, terms)]
+    return [(p[at], g[at], {k: v[at] for k, v in s.items()}, [t.rows(at) for t in terms]) for lo in range(0, len(p), n) for at in [slice(lo, lo + n)]]
+
+
+ONE_PASS = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000,    # keep every intermediate in registers: one pass over the memory, no buffers
+            "cpp.enable_floating_point_contract_flag": "fast"}                     # a product and a sum in one instruction, rounded once
 
 
 def _code_copy(f):
@@ -429,23 +448,30 @@ def _code_copy(f):
     return FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
 
 
-def _compiles(self, numel): return self.rule is not RADAM and (numel > 5_000_000 if self.compiled is None else self.compiled)
+def _compiles(self, numel): return numel > 5_000_000 if self.compiled is None else self.compiled
 
-RepOptimizer._view, RepOptimizer._run, RepOptimizer._update, RepOptimizer._compiles = _view, _run, _update, _compiles
+RepOptimizer._update, RepOptimizer._run, RepOptimizer._compiles = _update, _run, _compiles
 
-# %% ../nbs/01b_optim.ipynb #3193d106
+# %% ../nbs/01b_optim.ipynb #4ce29bd4
+def multiply_grads(pairs) -> Callable:
+    "Replace the gradient of every (GradMult, parameter) by its product. Returns a function that puts the gradients back."
+    found = [(p, p.grad) for m, p in pairs if m is not None and p.grad is not None]
+    for m, p in pairs:
+        if m is not None and p.grad is not None: p.grad = m.mul_(p.grad.clone())
+    def back():
+        for p, g in found: p.grad = g
+    return back
+
+
 def _gradient_step(self):
-    "Torch's own step on gradients multiplied by Σα²; every `.grad` is put back"
-    found = [(p, p.grad, m) for group in self.param_groups for p, m in zip(group["params"], self._mults(group)) if m is not None and p.grad is not None]
-    try:
-        for p, g, m in found: p.grad = m.mul_(g.clone())
-        super(RepOptimizer, self).step()
-    finally:
-        for p, g, _ in found: p.grad = g
+    "Torch's own step on gradients multiplied by Σα²"
+    back = multiply_grads([mp for g in self.param_groups for mp in zip(self._mults(g), g["params"])])
+    try: super(RepOptimizer, self).step()
+    finally: back()
 
 RepOptimizer._gradient_step = _gradient_step
 
-# %% ../nbs/01b_optim.ipynb #c07f407d
+# %% ../nbs/01b_optim.ipynb #af37a53e
 @torch.no_grad()
 def _step(self, closure=None):
     "One step. `closure` as in torch: called once, with gradients enabled."
@@ -454,9 +480,7 @@ def _step(self, closure=None):
     if quiet and any(p.grad is not None for g in self.param_groups for p in g["params"]):
         self._told = True
         warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: frozen, unused, or replaced after the optimizer was built?")
-    sharded = any(hasattr(p, "placements") for g in self.param_groups for p in g["params"])
-    if self.rule is None or (self.rule is SGD and not sharded and not self._compiles(sum(p.numel() for g in self.param_groups for p in g["params"]))): self._gradient_step()
-    else: self._rule_step()
+    self._gradient_step() if self.rule is None else self._rule_step()
     return loss
 
 RepOptimizer.step = _step
@@ -503,18 +527,17 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
 
 def _rebuild(cls, rule): c = rep_optimizer(cls, rule); return c.__new__(c)
 
-# %% ../nbs/01b_optim.ipynb #ebfe750a
+# %% ../nbs/01b_optim.ipynb #fe16bbf1
 class _Ruled(RepOptimizer):
     "What the classes of `rep_optimizer` share. `compiled`: None compiles the step of a large model; `eps_form='sum'`: Adam's cheaper, inexact form."
     def __init__(self, params, *args, scales: Mapping, plain=(), compiled: bool | None = None, eps_form: str = "branch", **kwargs):
         if eps_form not in ("branch", "sum") or (eps_form == "sum" and self.rule is not ADAM): raise ValueError(f"eps_form must be 'branch', or 'sum' for Adam and AdamW, not {eps_form!r}")
-        own = self.rule not in (SGD, None)
-        for k, refused, why in (("differentiable", True, "the step is made in place"), ("capturable", own, "its bias corrections are numbers of the host"),
-                                ("fused", own, "torch's fused kernel has no place for the constants; compiled=True is the fast way")):
-            if kwargs.get(k) and refused: raise ValueError(f"{type(self).__name__}: {k}=True is not supported: {why}")
+        if kwargs.get("differentiable"): raise ValueError(f"{type(self).__name__}: differentiable=True is not supported: the step is made in place")
+        if kwargs.get("capturable") and self.rule in (NADAM, RADAM): raise ValueError(f"{type(self).__name__}: capturable=True is not supported: its schedule of momentum is counted on the host")
         groups = self._bind(params, scales, plain)
-        self.compiled = False if kwargs.get("fused") or kwargs.get("foreach") else compiled
+        self.compiled = {(True, False): True, (False, True): False}.get((bool(kwargs.get("fused")), bool(kwargs.get("foreach")))) if compiled is None else compiled
         super().__init__([{**g, "eps_form": eps_form} for g in groups], *args, **kwargs)
+        if self.rule is not None: self._step_supports_amp_scaling = False              # a GradScaler shall unscale the gradients itself: ours are not torch's fused kernels
 
 # %% ../nbs/01b_optim.ipynb #ec9439fb
 class Explicit(RepOptimizer, torch.optim.Optimizer):
@@ -642,7 +665,7 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
     deviation, yardstick = far(fast, train(branches)), max(far(train(ours, 1e-15), fast).values())
     return dict(exact=max(deviation.values()) <= max(10*yardstick, 1e-12), deviation=deviation, yardstick=yardstick)
 
-# %% ../nbs/01b_optim.ipynb #05f474ce
+# %% ../nbs/01b_optim.ipynb #d56132d1
 def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     "Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, by hooks around its step; `.grad` is left as found. Returns a handle with `remove()`."
     if type(optimizer) not in (torch.optim.SGD, torch.optim.ASGD): raise ValueError(f"attach multiplies gradients, which is exact for SGD and ASGD alone, not for {type(optimizer).__name__}: use rep_optimizer({type(optimizer).__name__})")
@@ -650,13 +673,8 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     scales = scales if isinstance(scales, Scales) else Scales(scales)
     pairs = [(strip_prefix(n), p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"])]
     check_fit(scales, pairs, plain)
-    mults, found = {n: GradMult(scales[n], p.shape).to(device=p.device, dtype=p.dtype) for n, p in pairs if n in scales}, []
-    def before(*_):
-        for n, p in pairs:
-            if n in mults and p.grad is not None: found.append((p, p.grad)); p.grad = mults[n].mul_(p.grad.clone())
-    def after(*_):
-        while found: p, g = found.pop(); p.grad = g
-    return _Handles([optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)])
+    mults, back = [(GradMult(scales[n], p.shape).to(device=p.device, dtype=p.dtype), p) for n, p in pairs if n in scales], []
+    return _Handles([optimizer.register_step_pre_hook(lambda *_: back.append(multiply_grads(mults))), optimizer.register_step_post_hook(lambda *_: back.pop()())])
 
 
 class _Handles(list):

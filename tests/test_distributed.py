@@ -65,3 +65,13 @@ def test_two_processes_step_as_one(tmp_path, how, tolerance, which):
         assert torch.equal(a[n], b[n]), f"{n}: the ranks differ"
         far = ((a[n] - p).norm()/p.norm()).item()
         assert far <= tolerance, f"{n}: {far:.1e} from one process"
+
+
+def test_fsdp1_is_refused(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for names in (False, True):
+            model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=names)
+            with pytest.raises(ValueError, match="fully_shard"): MAKE["sgd"](model.named_parameters())
+    finally: dist.destroy_process_group()

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from repopt.grad_mult import rep_branches
 from repopt.models import create_model, initial_scales
-from repopt.optim import RepSGD, RULES, param_groups, rep_optimizer
+from repopt.optim import RepAdamax, RepAdamW, RepSGD, RULES, param_groups, rep_optimizer
 from repopt.scales import Scales
 
 ROOT, GOLDEN = Path(__file__).resolve().parents[1], Path(__file__).with_name("golden_repsgd.txt")
@@ -82,6 +82,18 @@ torch.testing.assert_close(p, q)
     env = {**os.environ, "CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PATH": str(tmp_path)}
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert r.returncode == 0, r.stderr
+
+
+def test_capturable_keeps_the_count_on_the_device():
+    "The same steps with the bias corrections as tensors (in float32, as torch has them); on a GPU this is what a CUDA graph captures"
+    scales, out = Scales({"p": dict(conv=torch.rand(8), conv_1x1=torch.rand(8), identity=torch.ones(8))}), []
+    for cls in (RepAdamW, RepAdamax):
+        for capturable in (False, True):
+            torch.manual_seed(0); p = torch.nn.Parameter(torch.randn(8, 8, 3, 3))
+            opt = cls([("p", p)], lr=torch.tensor(1e-2), scales=scales, capturable=capturable)
+            for _ in range(5): p.grad = torch.randn_like(p); opt.step()
+            out.append(p.detach())
+        torch.testing.assert_close(out[-1], out[-2], rtol=1e-5, atol=1e-6)
 
 
 def test_gradscaler_and_accumulation():
