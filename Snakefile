@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 RECIPE, SEEDS, DATA, EPOCHS = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", ""), config.get("epochs", "")
-ALL = workflow.cores or 2                                                  # on a cluster profiles/slurm says how many
+ALL = workflow.resource_settings.cores or 2                                # on a cluster profiles/slurm says how many
 OUT = Path(config.get("out", "figures")).absolute()
 FLOORS = "csla grad_mult scales optim models data records checkpoint distributed training plan".split()
 

@@ -11,7 +11,7 @@ _HOME = {name: module for module, names in {
              "attach check_equivalence clip_grad_norm_ param_groups rep_optimizer",
     "models": "create_model initial_scales merge to_branches",
     "training": "Recipe Run run run_all",
-    "hyper_search": "search",
+    "hyper_search": "eligible search to_hyper_search",
     "quantization": "export_int8 quantize quantize_aware",
 }.items() for name in names.split()}
 

@@ -60,7 +60,7 @@ def test_the_graph_of_notebooks_runs_with_one_job_preempted(env, tmp_path):
     for name in ("Snakefile", "settings.ini"): shutil.copy(ROOT/name, home)
     env = {**env, "OMP_NUM_THREADS": "1", "REPOPT_SAVE_SECONDS": "0.2", "PYTHONPATH": str(home)}; env.pop("REPOPT_BUILD", None)
     cpus = os.cpu_count()
-    small = ["--set-threads", *(f"{r}={cpus}" for r in ("hyper_search", "train", "quantize")), "--set-resources", *(f"{r}:gres=gpu:1" for r in ("hyper_search", "train", "quantize"))]
+    small = ["--set-threads", *(f"{r}={cpus}" for r in ("hyper_search", "train", "quantize")), "--set-resources", *(f"{r}:gres='gpu:1'" for r in ("hyper_search", "train", "quantize"))]
     p = subprocess.Popen([sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--config", "seeds=1", "epochs=2", *small], cwd=home, env=env,
                          stdout=open(tmp_path/"log", "w"), stderr=subprocess.STDOUT)
     said = lambda: (tmp_path/"log").read_text()[-4000:] + say(env, "squeue", "-t", "all")
