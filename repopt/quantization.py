@@ -8,7 +8,7 @@ __all__ = ['NORMS', 'SAMPLED', 'OBSERVATIONS', 'QuantizationError', 'Quantized',
            'spread_of', 'stages_of_fusion', 'sensitivity', 'spread', 'observations', 'plot_layers', 'figure3',
            'figure5', 'export_int8', 'interleaved', 'int8_speed', 'find_run', 'main']
 
-# %% ../nbs/06_quantization.ipynb #e4b661c4
+# %% ../nbs/06_quantization.ipynb #5c0a21ed
 import contextlib, itertools, json, logging, math, os, statistics, sys, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -25,7 +25,7 @@ from .data import load_data
 from .models import ConvBlock, RepVGGBlock, create_model
 from .training import Recipe, Run, build_folder, evaluate
 
-# %% ../nbs/06_quantization.ipynb #ea38c383
+# %% ../nbs/06_quantization.ipynb #2173dd96
 class QuantizationError(ValueError): "A model, a calibration set or an engine that does not allow what was asked; nothing was changed or written"
 
 
@@ -47,7 +47,7 @@ def _quantizer(weights: str, activations: str = "histogram", qat: bool = False):
         config = replace(config, input_activation=spec, output_activation=spec)
     return X86InductorQuantizer().set_global(config)
 
-# %% ../nbs/06_quantization.ipynb #3b49d989
+# %% ../nbs/06_quantization.ipynb #01dad893
 class Quantized(nn.Module):
     "An INT8 graph. `how`: the quantizer in words; `images`: some of those it was calibrated on. It stays in eval mode."
     def __init__(self, graph: nn.Module, how: str, images: Tensor):
@@ -62,7 +62,7 @@ class Quantized(nn.Module):
         if mode: raise QuantizationError("an INT8 net is not trained further: tune the float net with quantize_aware")
         return self
 
-# %% ../nbs/06_quantization.ipynb #4b7ccca8
+# %% ../nbs/06_quantization.ipynb #8711b46b
 def check_model(model: nn.Module) -> None:
     "QuantizationError for a model that is not ready for INT8"
     if isinstance(model, Quantized): raise QuantizationError("the model is INT8 already")
@@ -82,7 +82,7 @@ def calibration(loader, images: int = 512) -> list:
     if bad := sum(not x.isfinite().all() for x in batches): raise QuantizationError(f"{bad} of {len(batches)} calibration batches hold values that are not finite")
     return batches
 
-# %% ../nbs/06_quantization.ipynb #41324554
+# %% ../nbs/06_quantization.ipynb #622b774d
 @contextlib.contextmanager
 def _quietly():
     "Without what the libraries below say of themselves"
@@ -105,7 +105,7 @@ def _exported(model, x, strict=False):
         raise QuantizationError(f"{len(alone)} of {len(norms)} batch norms cannot be folded, they do not follow a conv of their own: fuse them first, or move them")
     return graph
 
-# %% ../nbs/06_quantization.ipynb #dcebf0e8
+# %% ../nbs/06_quantization.ipynb #db7e0949
 def quantize(model: nn.Module, loader, weights: str = "per_channel", activations: str = "histogram", images: int = 512) -> Quantized:
     """INT8 version of `model`, after training (PTQ). `model` is left as it is.
 
@@ -116,7 +116,7 @@ def quantize(model: nn.Module, loader, weights: str = "per_channel", activations
     how = f"torchao pt2e X86; weights int8 {weights} symmetric min-max; activations uint8 {activations}; {sum(map(len, batches))} calibration images"
     return _quantized(model, batches, quantizer, how)
 
-# %% ../nbs/06_quantization.ipynb #da6a0bc9
+# %% ../nbs/06_quantization.ipynb #94275f7c
 def _quantized(model, batches, quantizer, how, ranges=()):
     "Export, calibrate, convert. `ranges`: observers whose ranges replace the calibrated ones, those of the layers in order."
     from torchao.quantization.pt2e import move_exported_model_to_eval
@@ -137,7 +137,7 @@ def _observers(graph):
     found = [[graph.get_submodule(a.target) for a in n.args[:2]] for n in layers if all(a.op == "call_module" for a in n.args[:2])]
     return [[getattr(o, "activation_post_process", o) for o in pair] for pair in found]
 
-# %% ../nbs/06_quantization.ipynb #ffac031c
+# %% ../nbs/06_quantization.ipynb #65e8e8f5
 def int8_weights(W: Tensor, weights: str) -> Tensor:
     "`W` `[O, …]` rounded to int8: symmetric, min-max, one scale per output channel or one for all"
     largest = W.abs().flatten(1).amax(1).reshape(-1, *[1]*(W.dim() - 1)) if weights == "per_channel" else W.abs().max()
@@ -149,7 +149,7 @@ def sqnr(a: Tensor, b: Tensor) -> float:
     "Signal over quantization noise in dB, 10 log₁₀ ‖a‖²/‖a - b‖²"
     return 10*math.log10(a.double().square().sum()/(a - b).double().square().sum().clamp_min(1e-300))
 
-# %% ../nbs/06_quantization.ipynb #d6afde10
+# %% ../nbs/06_quantization.ipynb #b03be322
 @torch.no_grad()
 def deployed(model: nn.Module) -> nn.Module:
     "A copy of one of our nets as it is deployed: branches fused, batch norms folded into their convs, in eval mode"
@@ -159,7 +159,7 @@ def deployed(model: nn.Module) -> nn.Module:
         if isinstance(m, ConvBlock): m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
     return model
 
-# %% ../nbs/06_quantization.ipynb #af017c61
+# %% ../nbs/06_quantization.ipynb #76910d99
 def _data(run: Run, augment: bool, data):
     "The data a run was trained on"
     r = Recipe(**run.record["asked"]["recipe"])
@@ -179,7 +179,7 @@ def ptq(run: Run, weights: str = "per_channel", activations: str = "histogram", 
     fp32, int8 = (evaluate(m, d.test.epoch(), recipe)["top1"] for m in (model, q))
     return _record("ptq", run, q, dict(weights=weights, activations=activations), dict(top1=int8, top1_fp32=fp32, drop=fp32 - int8), start, out)
 
-# %% ../nbs/06_quantization.ipynb #d3c38663
+# %% ../nbs/06_quantization.ipynb #f4d3b959
 def _job(call):
     torch.set_num_threads(1)
     f, args, kwargs = call
@@ -191,7 +191,7 @@ def each(calls: list, jobs: int = 2) -> list:
     if jobs < 2 or len(calls) < 2 or torch.cuda.is_available(): return [f(*args, **kwargs) for f, args, kwargs in calls]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_job, calls))
 
-# %% ../nbs/06_quantization.ipynb #a6f6243c
+# %% ../nbs/06_quantization.ipynb #782101b3
 @torch.no_grad()
 def put_back_norms(model: nn.Module, batches: list) -> nn.Module:
     "A copy of a fused RepVGG with a batch norm behind every conv, of the statistics on `batches`: the same function in eval mode"
@@ -214,7 +214,7 @@ def _with_norm(conv, moments):
     conv.bias = None
     return nn.Sequential(conv, bn).train(conv.training)
 
-# %% ../nbs/06_quantization.ipynb #e0e0f26c
+# %% ../nbs/06_quantization.ipynb #d4762391
 def tune(net: nn.Module, train, epochs: int, lr: float, momentum: float = .9, device="cpu") -> None:
     "Train `net` on with SGD and a cosine from `lr` to zero, in place. `train`: batches of (x, y), with a length. QuantizationError when the loss is no longer finite."
     opt, steps, n = torch.optim.SGD(net.parameters(), lr, momentum, nesterov=True), epochs*len(train), 0
@@ -225,7 +225,7 @@ def tune(net: nn.Module, train, epochs: int, lr: float, momentum: float = .9, de
             if not loss.isfinite(): raise QuantizationError(f"the loss is {loss.item()} at epoch {epoch}: a lower lr than {lr} may help")
             opt.zero_grad(); loss.backward(); opt.step(); n += 1
 
-# %% ../nbs/06_quantization.ipynb #57b38831
+# %% ../nbs/06_quantization.ipynb #55566568
 def quantize_aware(model: nn.Module, train, epochs: int = 10, lr: float = .01, weights: str = "per_channel", images: int = 512, device=None) -> Quantized:
     """INT8 version of `model` after `epochs` of quantization-aware training (QAT) on batches of (x, y) from `train`, SGD with a cosine from `lr`. `model` is left as it is.
 
@@ -253,14 +253,14 @@ def _tune_quantized(model, train, epochs, lr, quantizer, x, device):
     if lost: raise QuantizationError(f"torch.export did not keep {', '.join(lost[:5])}: shared parameters cannot be trained with fake quantizers")
     return tuned.eval(), graph
 
-# %% ../nbs/06_quantization.ipynb #ca38dcca
+# %% ../nbs/06_quantization.ipynb #85e541f7
 class Part:
     "The first `batches` batches of every epoch of a loader"
     def __init__(self, loader, batches: int): self.loader, self.batches = loader, min(batches, len(loader))
     def __len__(self): return self.batches
     def epoch(self, epoch: int = 0): return itertools.islice(self.loader.epoch(epoch), self.batches)
 
-# %% ../nbs/06_quantization.ipynb #d9ed1139
+# %% ../nbs/06_quantization.ipynb #932bd9aa
 NORMS = ("own", "none", "put back")
 
 def qat(run: Run, norms: str = "own", rate: float = .1, weights: str = "per_channel", epochs: int = 10, batches=None, data=None, out=None) -> dict:
@@ -278,7 +278,7 @@ def qat(run: Run, norms: str = "own", rate: float = .1, weights: str = "per_chan
     int8, tuned = (evaluate(m, d.test.epoch(), recipe)["top1"] for m in (q, model))
     return _record("qat", run, q, dict(weights=weights, norms=norms, rate=rate, qat_epochs=epochs, qat_batches=len(train)), dict(top1=int8, top1_fp32=before, top1_tuned=tuned, drop=before - int8), start, out)
 
-# %% ../nbs/06_quantization.ipynb #678a2d50
+# %% ../nbs/06_quantization.ipynb #ed9702c7
 @torch.no_grad()
 def spread_of(W: Tensor) -> dict:
     "σ of a kernel `[O, C, 3, 3]`: overall, of the centres, of the surrounding eight (Table 11); max|W|/σ; and its SQNR in dB as INT8"
@@ -295,7 +295,7 @@ def stages_of_fusion(block: nn.Module) -> dict:
     gain = (block.bn.weight/(block.bn.running_var + block.bn.eps).sqrt()).detach()
     return {"kernel": block.conv.weight.detach(), "kernel, BN folded": block.conv.weight.detach()*gain.reshape(-1, 1, 1, 1)}
 
-# %% ../nbs/06_quantization.ipynb #52567e8b
+# %% ../nbs/06_quantization.ipynb #16c8012d
 @torch.no_grad()
 def sensitivity(model: nn.Module, x: Tensor, weights: str) -> dict:
     "{layer: SQNR in dB of the logits on `x` when the weights of that conv alone are INT8}; `model` comes back as it was"
@@ -306,7 +306,7 @@ def sensitivity(model: nn.Module, x: Tensor, weights: str) -> dict:
         m.weight.copy_(int8_weights(W, weights)); found[name.removesuffix(".conv")] = sqnr(float_logits, model(x)); m.weight.copy_(W)
     return found
 
-# %% ../nbs/06_quantization.ipynb #d864ab58
+# %% ../nbs/06_quantization.ipynb #95505da1
 SAMPLED = "stage3.7"                                                         # the 8th 3×3 layer of the 16-layer stage, as in the paper
 
 def spread(run: Run, data=None, out=None, bins: int = 101, images: int = 512) -> dict:
@@ -330,7 +330,7 @@ def _histograms(stage, W, bins):
     parts = dict(overall=nine.ravel(), central=nine[:, :, 4].ravel(), surrounding=np.delete(nine, 4, 2).ravel())
     return {f"{stage}/{k}": np.histogram(v, edges, density=True)[0].astype(np.float32) for k, v in parts.items()} | {f"{stage}/edges": edges.astype(np.float32)}
 
-# %% ../nbs/06_quantization.ipynb #288a9d02
+# %% ../nbs/06_quantization.ipynb #d236385f
 OBSERVATIONS = (                                                             # (what App. C says, numerator, denominator, the paper's ratio, what it must be)
     ("1. RepVGG before fusing: centre like surrounding", ("v", "before fusing BN", "central"), ("v", "before fusing BN", "surrounding"), .0128/.0131, "≈ 1"),
     ("1. fusing BN enlarges σ", ("v", "after fusing BN", "overall"), ("v", "before fusing BN", "overall"), .0176/.0131, "> 1"),
@@ -356,7 +356,7 @@ def observations(vgg: list, opt: list) -> list:
                          layers=float(np.mean([agree(layer(q, n)) for q in pairs for n in names]))))
     return rows
 
-# %% ../nbs/06_quantization.ipynb #164ce0c5
+# %% ../nbs/06_quantization.ipynb #232fbf50
 def plot_layers(axs, found: dict) -> None:
     "`found`: {net: spread record}. SQNR against max/σ with the law; SQNR of each deployed kernel; SQNR of the logits with that kernel alone in INT8 (per tensor)."
     at = lambda r: r["metrics"]["layers"].get("after branch addition") or r["metrics"]["layers"]["kernel, BN folded"]
@@ -370,7 +370,7 @@ def plot_layers(axs, found: dict) -> None:
     axs[0].set(xscale="log", xlabel="max|W|/σ", ylabel="SQNR of the kernel, dB"); axs[1].set(xlabel="layer", ylabel="SQNR of the kernel, dB"); axs[2].set(xlabel="layer in INT8", ylabel="SQNR of the logits, dB")
     for ax in axs: ax.legend(frameon=False, fontsize=6)
 
-# %% ../nbs/06_quantization.ipynb #0c633886
+# %% ../nbs/06_quantization.ipynb #7d6b77a0
 def _density(ax, arrays, stage, part, colour, note=""):
     edges = arrays[f"{stage}/edges"]; d = arrays[f"{stage}/{part}"]; mid = (edges[1:] + edges[:-1])/2
     sigma = float(np.sqrt((d*mid**2).sum()/d.sum() - ((d*mid).sum()/d.sum())**2))
@@ -398,7 +398,7 @@ def figure5(vgg: dict, opt: dict):
     for ax, part in zip(axs[0], ("overall", "central", "surrounding")): ax.set_title(part, fontsize=9)
     fig.tight_layout(); return fig
 
-# %% ../nbs/06_quantization.ipynb #fbc74e81
+# %% ../nbs/06_quantization.ipynb #d687b3a8
 def _engine():
     "ONNX Runtime. QuantizationError where it or what writes the file is missing."
     try: import onnx, onnxruntime, onnxscript                                # noqa: the exporter needs all three
@@ -418,7 +418,7 @@ def _write_onnx(graph, x, path):
     with _quietly(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         torch.onnx.export(graph, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False).save(str(path))
 
-# %% ../nbs/06_quantization.ipynb #17012f00
+# %% ../nbs/06_quantization.ipynb #01479f45
 def export_int8(model: Quantized, path, test=None, tolerance: float = .1) -> dict:
     """Write the INT8 `model` of `quantize` or `quantize_aware` to `path` as ONNX, load it back in ONNX Runtime and compare: returns {'top1', 'top1_model', 'images', 'path'}.
 
@@ -450,7 +450,7 @@ def _compare(model, file, batches):
         right, n = right + [(theirs == y).sum(), (mine == y).sum()], n + len(y)
     return dict(top1=100*float(right[0])/n, top1_model=100*float(right[1])/n, images=n)
 
-# %% ../nbs/06_quantization.ipynb #64c6c0fb
+# %% ../nbs/06_quantization.ipynb #d24c68d6
 def interleaved(files: list, x, repeats: int = 20) -> list:
     "Seconds of each of the ONNX `files` on the array `x`, taken in turn in one process: `[repeats, files]` after a warm-up"
     sessions, times = [_session(f) for f in files], []
@@ -475,7 +475,7 @@ def int8_speed(model: str = "repoptvgg_b1", size: int = 64, batch: int = 8, repe
     if out: records.write(record, out)
     return record
 
-# %% ../nbs/06_quantization.ipynb #91eef759
+# %% ../nbs/06_quantization.ipynb #ad58521c
 def find_run(run_id: str) -> Run:
     "A finished run of the build folder by its id. ValueError where there is none."
     folder = build_folder()/"runs"/run_id
@@ -507,5 +507,5 @@ def _quantize_run(r, a):
     for n in (("none", "put back") if r.record["asked"]["model"].startswith("repvgg") else ("own",)) if a.qat_epochs else ():
         say(f"after QAT, norms {n}", qat(r, n, a.qat_rate, epochs=a.qat_epochs, batches=a.qat_batches, data=a.data, out=a.out)["metrics"])
 
-# %% ../nbs/06_quantization.ipynb #42ad3fa7
+# %% ../nbs/06_quantization.ipynb #7a318326
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
