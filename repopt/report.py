@@ -16,11 +16,12 @@ from . import records
 from .hyper_search import last_of_stage3, plot_blocks, plot_epochs
 from .models import count, create_model, figure1, figure2
 from .quantization import figure3, figure5
+from .speed import TABLE3
 from .records import mean_std, paper_table, write_atomic
 
 # %% ../nbs/07_paper.ipynb #15c15293
-ORDER = ("imagenet", "imagenet_se", "cifar", "cifar_paper", "tiny", "digits")   # a cell takes the first of these that has records
-QUANTIZED = (*ORDER[:-1], "cifar_narrow", "digits")                              # and in the tables of quantization, of these
+ORDER = ("imagenet", "imagenet_se", "cifar", "cifar_paper", "tiny", "digits", "gpu", "cpu")   # a cell takes the first of these that has records; the last two: what speeds were measured on
+QUANTIZED = (*ORDER[:5], "cifar_narrow", "digits")                              # and in the tables of quantization, of these
 
 @dataclass(frozen=True)
 class Query:
@@ -52,7 +53,9 @@ def answer(q: Query, found: list) -> dict:
     for name in q.recipes:
         if mine := _one_setting([r for r in rows if records.lookup(r, "recipe__name") == name]):
             m, s, n = mean_std([metric(r, q.metric) for r in mine])
-            return dict(ours=m, std=s, n=n, recipe=name, hardware=" + ".join(sorted({r["where"]["hardware"] for r in mine})), status="same" if name in q.same else "smaller", record=" ".join(r["id"] for r in mine))
+            if n == 1 and "rounds" in mine[0]["metrics"]: s, n = mine[0]["metrics"].get(f"{q.metric}_std"), mine[0]["metrics"]["rounds"]      # a timing: over the rounds of its one run
+            hardware = " + ".join(sorted({r["where"]["hardware"] for r in mine}))
+            return dict(ours=m, std=s, n=n, recipe=name, hardware=hardware, status="smaller" if name not in q.same else "other hardware" if name == "gpu" and "2080 Ti" not in hardware else "same", record=" ".join(r["id"] for r in mine))
     return dict(ours=None, std=None, n=0, recipe="", hardware="", status="not run", record="")
 
 
@@ -74,7 +77,7 @@ qat_as = {True: dict(weights="per_channel", norms="own", rate=.1), False: dict(w
 
 def cells(table: int) -> dict:
     "{(row, column): Query or a number that is computed} of a table; a cell of the paper that is not named here is one that nothing here can run yet"
-    out, small, int8 = {}, dict(stand_in=True), dict(stand_in=True, recipes=QUANTIZED)
+    out, small, int8, paper_speed = {}, dict(stand_in=True), dict(stand_in=True, recipes=QUANTIZED), dict(size=224, precision="fp32", compiled=False)
     if table in (1, 2):
         for row in paper_table(table):
             size, vgg = row.split("-")[-1].lower(), row.startswith("RepVGG")
@@ -85,11 +88,11 @@ def cells(table: int) -> dict:
                 asked = dict(model=name, **(plain if vgg else rep | dict(scales_from=searched)))
                 out |= {(row, "Params train (M)"): t["params"]/1e6, (row, "Params inference (M)"): c["params"]/1e6,
                         (row, "Top-1 @BS=32"): query("train", "top1", stand_in=size == "b1", recipe__batch_size=lambda b: b in (256, 64), **asked),
-                        (row, "MaxBS"): query("max_batch", "max_batch", model=name), (row, "Speed @BS=32"): query("train_speed", "images_per_second", model=name, batch=32), (row, "Speed @MaxBS"): query("train_speed", "images_per_second", model=name, batch="max")}
+                        (row, "MaxBS"): query("max_batch", "max_batch", ("gpu",), model=name, size=224, precision="fp32", cap=11), (row, "Speed @BS=32"): query("train_speed", "images_per_second", ("gpu",), model=name, **paper_speed, batch=32), (row, "Speed @MaxBS"): query("train_speed", "images_per_second", ("gpu",), model=name, **paper_speed, batch="max", cap=11)}
     if table == 3:
         for row in paper_table(3):
             name = row.replace("RepOpt-VGG-", "repoptvgg_").replace("EfficientNet-", "efficientnet_").replace("VGGNet-16", "vgg16").replace("-SE", "_se").lower()
-            out |= {(row, "Top-1"): query("train", "top1", ("imagenet", "imagenet_se"), stand_in=name == "repoptvgg_b1", model=name, **(rep | dict(scales_from=searched) if "repopt" in name else {})), (row, "Throughput"): query("throughput", "images_per_second", model=name)}
+            out |= {(row, "Top-1"): query("train", "top1", ("imagenet", "imagenet_se"), stand_in=name == "repoptvgg_b1", model=name, **(rep | dict(scales_from=searched) if "repopt" in name else {})), (row, "Throughput"): query("throughput", "images_per_second", ("gpu",), model=name, precision="fp32", compiled=False, batch=lambda b, n=name: b in (TABLE3[n][1], 8))}
     if table == 4:
         rows = {"SGD": plain, "AdamW": dict(optimizer="adamw", scales=None), "RepOptimizer, Hyper-Search": rep | dict(scales_from=searched), "RepOptimizer, all 1": rep | dict(scales_from="ones"), "RepOptimizer, same as HS initialization": rep | dict(scales_from="sqrt2l"),
                 "RepOptimizer, Hyper-Search, initialization unchanged": dict(optimizer="repsgd", reinitialize=False, scales_from=searched), "RepOptimizer, Hyper-Search, gradients unchanged": dict(optimizer="sgd", reinitialize=True, scales_from=searched)}
@@ -150,6 +153,8 @@ def to_markdown(rows, title: str = "") -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|"*len(columns)]
     by = {(r["row"], r["column"]): r for r in rows}
     for row in dict.fromkeys(r["row"] for r in rows): lines.append(f"| {row} | " + " | ".join(cell(by.get((row, c))) for c in columns) + " |")
+    timed = [f"{k}: {', '.join(sorted(h))}" for k in ("gpu", "cpu") if (h := {r["hardware"] for r in rows if r["recipe"] == k})]
+    if timed: lines.append(f"\n*Speeds and batches: the paper's on a 2080Ti, ours on {'; '.join(timed)}*")
     return (f"### {title}\n\n" if title else "") + "*paper / ours ± standard deviation (recipe, number of runs)*\n\n" + "\n".join(lines) + "\n"
 
 # %% ../nbs/07_paper.ipynb #c4d04c2a

@@ -1,8 +1,9 @@
-"""A real one-node Slurm in a temporary folder: two partitions, `low` preempted by `high`; two GPUs that exist on paper. Needs root and Debian's Slurm packages."""
+"""A real one-node Slurm in a temporary folder, with a link to it in /etc/slurm where jobs look: two partitions, `low` preempted by `high`; two GPUs that exist on paper. Needs root and Debian's Slurm packages."""
 import contextlib, os, shutil, socket, subprocess, tempfile, time
 from pathlib import Path
 
 PACKAGES = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
+ETC, FILES = Path("/etc/slurm"), ("slurm.conf", "gres.conf")
 CONF = """ClusterName=repopt
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
@@ -40,6 +41,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 def missing() -> str:
     "Why there can be no Slurm here, or ''"
     if os.geteuid(): return "a Slurm of one's own needs root"
+    if any((ETC/n).exists() for n in FILES): return f"{ETC} has a configuration already: there is a Slurm here, which is left alone"
     gone = [p for p in ("munged", "slurmctld", "slurmd", "sbatch", "scontrol") if not shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
     return f"no {', '.join(gone)} here (apt-get install {PACKAGES})" if gone else ""
 
@@ -56,6 +58,7 @@ def cluster():
     (folder/"munge.key").write_bytes(os.urandom(128)); (folder/"munge.key").chmod(0o600)
     (folder/"slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], port=free_port(), port1=free_port(), folder=folder, cpus=os.cpu_count()))
     (folder/"gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+    for n in FILES: ETC.mkdir(exist_ok=True); (ETC/n).unlink(missing_ok=True); (ETC/n).symlink_to(folder/n)       # a dangling link is one that a killed test left
     env = {**os.environ, "SLURM_CONF": str(folder/"slurm.conf"), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
     own = [f"--{k}-file={folder}/munge.{k}" for k in ("key", "pid", "log", "seed")]
     daemons = [subprocess.Popen(c, env=env, stdout=open(folder/"out", "a"), stderr=subprocess.STDOUT) for c in
@@ -69,4 +72,5 @@ def cluster():
     finally:
         subprocess.run(["scancel", "-u", "root"], env=env); time.sleep(1)
         for d in reversed(daemons): d.terminate(); d.wait(30)
+        for n in FILES: (ETC/n).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

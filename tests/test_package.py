@@ -51,7 +51,7 @@ def test_command_lines_say_how_they_are_used(module):
 
 
 @pytest.mark.parametrize("module,args", [("training", ["--recipe", "nosuch"]), ("hyper_search", ["--recipe", "digits", "--set", "lr=fast"]),
-                                         ("training", ["--recipe", "digits", "--model", "repoptvgg_z1"]), ("training", ["--recipe", "digits", "--optimizer", "repsgd"])])
+                                         ("training", ["--recipe", "digits", "--model", "repoptvgg_z1"]), ("training", ["--recipe", "digits", "--optimizer", "repsgd"]), ("speed", ["--infer", "vgg99"])])
 def test_bad_input_exits_2_and_says_why(module, args, tmp_path):
     r = subprocess.run([sys.executable, "-m", f"repopt.{module}", *args], capture_output=True, text=True, cwd=ROOT, env={**__import__("os").environ, "REPOPT_BUILD": str(tmp_path)})
     assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
