@@ -12,7 +12,7 @@ _HOME = {name: module for module, names in {
     "models": "create_model initial_scales merge to_branches",
     "training": "Recipe Run run run_all",
     "hyper_search": "eligible search to_hyper_search",
-    "quantization": "quantize",
+    "quantization": "export_int8 quantize quantize_aware",
 }.items() for name in names.split()}
 
 __all__ = [*_HOME, "__version__"]

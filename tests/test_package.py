@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT/"repopt").glob("*.py") if not p.stem.startswith("_"))
-LIGHT = ("torchvision", "torchao", "sklearn", "matplotlib", "pandas", "tqdm", "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
+LIGHT = ("torchvision", "torchao", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "pandas", "tqdm", "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
 
 
 def python(code, **kw): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **kw)
