@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from . import records
-from .hyper_search import last_of_stage3, plot_blocks, plot_epochs
+from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs
 from .models import count, create_model, figure1, figure2
 from .quantization import figure3, figure5
 from .speed import TABLE3
@@ -176,9 +176,9 @@ def results(found, recipe: str) -> str:
 
 # %% ../nbs/07_paper.ipynb #02d5d403
 def figures(found) -> dict:
-    "{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 3 and 5 from a spread, 6 and 7 from a search"
+    "{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 4 at initialisation, 3 and 5 from a spread, 6 and 7 from a search"
     import matplotlib.pyplot as plt
-    figs = {1: figure1(), 2: figure2()}
+    figs = {1: figure1(), 2: figure2(), 4: figure4()}
     def first(experiment, **asked):
         rows = [r for r in found if r["experiment"] == experiment and all(v(records.lookup(r, k)) if callable(v) else records.lookup(r, k) == v for k, v in asked.items()) and Path(r["path"]).with_suffix(".npz").exists()]
         return min(rows, key=lambda r: (QUANTIZED.index(records.lookup(r, "recipe__name")) if records.lookup(r, "recipe__name") in QUANTIZED else 9, records.lookup(r, "seed")), default=None)
