@@ -423,7 +423,7 @@ def _run(self, key, P, G, S, T, k):
         wide = torch.float64 if P[0].dtype == torch.float64 else torch.float32
         try:
             if key not in self._compiled: self._compiled[key] = torch.compile(_code_copy(_update_all), dynamic=False, options=ONE_PASS)
-            return self._compiled[key](self.rule.kernel, P, G, S, T, {n: torch.as_tensor(v).to(wide) for n, v in k.items()}, key[1])
+            return self._compiled[key](self.rule.kernel, P, G, S, T, {n: torch.as_tensor(v, dtype=wide) for n, v in k.items()}, key[1])
         except Exception as e:
             if not type(e).__module__.startswith("torch._"): raise              # from the step itself, not from the compiler: nothing may be stepped twice
             self.compiled = False

@@ -84,6 +84,18 @@ torch.testing.assert_close(p, q)
     assert r.returncode == 0, r.stderr
 
 
+def test_compiled_steps_keep_float64():
+    "Learning rate and bias corrections reach the compiled step in the kernel's precision, whatever torch's default is"
+    scales, out = Scales({"p": dict(conv=torch.rand(8), conv_1x1=torch.rand(8), identity=torch.ones(8))}), []
+    for cls in (RepSGD, RepAdamW):
+        for compiled in (False, True):
+            torch.manual_seed(0); p = torch.nn.Parameter(torch.randn(8, 8, 3, 3, dtype=torch.float64))
+            opt = cls([("p", p)], lr=1e-3, scales=scales, compiled=compiled)
+            for _ in range(3): p.grad = torch.randn_like(p); opt.step()
+            out.append(p.detach())
+        torch.testing.assert_close(out[-1], out[-2], rtol=1e-14, atol=1e-14)
+
+
 def test_capturable_keeps_the_count_on_the_device():
     "The same steps with the bias corrections as tensors (in float32, as torch has them); on a GPU this is what a CUDA graph captures"
     scales, out = Scales({"p": dict(conv=torch.rand(8), conv_1x1=torch.rand(8), identity=torch.ones(8))}), []
