@@ -6,8 +6,8 @@
 __all__ = ['SGD', 'ADAM', 'NADAM', 'RADAM', 'RMSPROP', 'ADAGRAD', 'RPROP', 'LION', 'ADAMAX', 'ADADELTA', 'ONE_PASS', 'RULES',
            'REFUSED', 'RepSGD', 'RepASGD', 'RepAdam', 'RepAdamW', 'RepNAdam', 'RepRAdam', 'RepRMSprop', 'RepAdagrad',
            'RepRprop', 'RepAdamax', 'RepAdadelta', 'RepLion', 'named_groups', 'param_groups', 'RepOptimizer',
-           'memory_order', 'flat', 'Term', 'combine', 'Terms', 'Rule', 'per_branch', 'multiply_grads', 'rep_optimizer',
-           'Explicit', 'clip_grad_norm_', 'check_equivalence', 'attach']
+           'grad_mult_for', 'memory_order', 'flat', 'Term', 'combine', 'Terms', 'Rule', 'per_branch', 'multiply_grads',
+           'rep_optimizer', 'Explicit', 'clip_grad_norm_', 'check_equivalence', 'attach']
 
 # %% ../nbs/01b_optim.ipynb #17ee802c
 import warnings
@@ -83,8 +83,13 @@ class RepOptimizer:
         "(GradMult or None) for each parameter of a group, on its device and in its dtype"
         for name, p in zip(map(strip_prefix, group["param_names"]), group["params"]):
             key = name, p.device, p.dtype, degree
-            if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = GradMult(self.scales[name], p.shape, degree).to(device=p.device, dtype=p.dtype)
+            if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
             yield self._mult_cache.get(key)
+
+
+def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
+    "The GradMult of one kernel on its device, computed in its precision: squares of float32 scales would be rounded before a float64 kernel sees them"
+    return GradMult({b: s.to(device=p.device, dtype=p.dtype) for b, s in scales.items()}, p.shape, degree)
 
 
 def _decoupled(group, opt): return group.get("weight_decay", 0) == 0 or group.get("decoupled_weight_decay") or isinstance(opt, torch.optim.AdamW)
@@ -565,7 +570,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
     @torch.no_grad()
     def _split(self, name, p, given):
         "{branch: its parameter}, as a matrix where the rule takes nothing else (Muon)"
-        alphas, M = self._constants(name), GradMult(self.scales[name], p.shape).to(p).dense()
+        alphas, M = self._constants(name), grad_mult_for(p, self.scales[name]).dense()
         if not M.all(): self._beyond[name] = M == 0                             # entries that no branch reaches stay as they are
         whole, out = torch.where(M > 0, p/M, torch.zeros_like(p)), {}
         for b, a in alphas.items():
@@ -676,7 +681,7 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     scales = scales if isinstance(scales, Scales) else Scales(scales)
     pairs = [(strip_prefix(n), p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"])]
     check_fit(scales, pairs, plain)
-    mults, back = [(GradMult(scales[n], p.shape).to(device=p.device, dtype=p.dtype), p) for n, p in pairs if n in scales], []
+    mults, back = [(grad_mult_for(p, scales[n]), p) for n, p in pairs if n in scales], []
     return _Handles([optimizer.register_step_pre_hook(lambda *_: back.append(multiply_grads(mults))), optimizer.register_step_post_hook(lambda *_: back.pop()())])
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from repopt.grad_mult import rep_branches
 from repopt.models import create_model, initial_scales
-from repopt.optim import RepAdamax, RepAdamW, RepSGD, RULES, param_groups, rep_optimizer
+from repopt.optim import RepAdamax, RepAdamW, RepASGD, RepSGD, RULES, check_equivalence, param_groups, rep_optimizer
 from repopt.scales import Scales
 
 ROOT, GOLDEN = Path(__file__).resolve().parents[1], Path(__file__).with_name("golden_repsgd.txt")
@@ -94,6 +94,14 @@ def test_compiled_steps_keep_float64():
             for _ in range(3): p.grad = torch.randn_like(p); opt.step()
             out.append(p.detach())
         torch.testing.assert_close(out[-1], out[-2], rtol=1e-14, atol=1e-14)
+
+
+def test_scales_of_a_real_search_are_float32_and_the_check_is_float64():
+    conv, scales = torch.nn.Conv2d(8, 8, 3, padding=1), {n: torch.rand(8) for n in ("conv", "conv_1x1", "identity")}
+    net, data = torch.nn.Sequential(conv, torch.nn.Tanh(), torch.nn.Flatten()), [(torch.randn(4, 8, 4, 4), torch.randint(5, (4,))) for _ in range(5)]
+    for make in (lambda p, s: RepSGD(p, lr=1e-3, momentum=.9, scales=s), lambda p, s: RepSGD(p, lr=1e-3, momentum=.9, scales=s, compiled=True), lambda p, s: RepASGD(p, lr=1e-3, scales=s), lambda p, s: RepAdamW(p, lr=1e-3, scales=s)):
+        r = check_equivalence(net, Scales({"0.weight": scales}), make, data, steps=5)
+        assert r["exact"], r
 
 
 def test_capturable_keeps_the_count_on_the_device():
