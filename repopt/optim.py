@@ -63,7 +63,7 @@ class RepOptimizer:
         self._fresh()
         return groups
 
-    def _fresh(self): self._mult_cache, self._views, self._compiled, self._told = {}, {}, {}, False
+    def _fresh(self): self._mult_cache, self._views, self._ages, self._compiled, self._told = {}, {}, {}, {}, False
 
     def add_param_group(self, param_group):
         "As torch's, with names; a 4-d parameter without scales must match a glob in `plain`."
@@ -365,13 +365,15 @@ RepOptimizer._rule_step = _rule_step
 
 # %% ../nbs/01b_optim.ipynb #887a5b90
 def _count(self, p, group):
-    "The number of this step for one kernel: an int, or with `capturable` a tensor that stays on the device. Only SGD needs no count but 'the first'."
-    state = self.state[p]
+    "The number of this step for one kernel. With `capturable` the state's own stays on the device, and is read only when it is another tensor than before. Only SGD needs no count but 'the first'."
+    state, stays = self.state[p], bool(group.get("capturable"))
     if self.rule is SGD: return 1 + ("momentum_buffer" in state)
-    stays = bool(group.get("capturable"))
-    if "step" not in state: state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if stays else "cpu")
-    state["step"] += 1
-    return "captured" if stays else int(state["step"])
+    if new := "step" not in state: state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if stays else "cpu")
+    step = state["step"].add_(1)
+    if not stays: return int(step)
+    seen, age = (step, 0) if new else self._ages.get(p, (None, 0))
+    self._ages[p] = step, age + 1 if seen is step else int(step)
+    return self._ages[p][1]
 
 
 def _view(self, name, p, group) -> dict:
@@ -416,7 +418,7 @@ def _update(self, i, t, views):
     corners = [(v, [x.index_select(0, v["terms"].diagonal) for x in (*v["corner"], g.reshape(-1))]) for v, g in zip(views, grads) if v["corner"]]
     for v, (w, *state, g) in corners: P.append(w); S.append(dict(zip(v["state"], state))); G.append(g); T.append(v["terms"].there)
     if group.get("maximize"): G = [-g for g in G]
-    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if t == "captured" else t) if views else {}
+    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if group.get("capturable") and self.rule is not SGD else t) if views else {}
     self._run((i, flags), P, G, S, T, k)
     for v, parts in corners:
         for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].diagonal, y)

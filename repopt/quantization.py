@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SAMPLED', 'OBSERVATIONS', 'QuantizationError', 'Quantized', 'check_model', 'calibration', 'quantize',
-           'int8_weights', 'sqnr', 'deployed', 'ptq', 'each', 'put_back_norms', 'tune', 'quantize_aware', 'Part', 'qat',
+           'int8_weights', 'sqnr', 'deployed', 'ptq', 'put_back_norms', 'tune', 'quantize_aware', 'Part', 'qat',
            'spread_of', 'stages_of_fusion', 'sensitivity', 'spread', 'observations', 'plot_layers', 'figure3',
-           'figure5', 'export_int8', 'interleaved', 'int8_speed', 'find_run', 'main']
+           'figure5', 'export_int8', 'int8_speed', 'find_run', 'main']
 
 # %% ../nbs/06_quantization.ipynb #5c0a21ed
-import contextlib, itertools, json, logging, math, os, statistics, sys, tempfile, time, warnings
-from concurrent.futures import ProcessPoolExecutor
+import contextlib, itertools, json, logging, math, os, sys, tempfile, time, warnings
 from copy import deepcopy
 from dataclasses import replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from . import records
 from .csla import CSLA
 from .data import load_data
 from .models import ConvBlock, RepVGGBlock, create_model
+from .speed import interleaved, quartiles
 from .training import Recipe, Run, build_folder, evaluate
 
 # %% ../nbs/06_quantization.ipynb #2173dd96
@@ -178,18 +178,6 @@ def ptq(run: Run, weights: str = "per_channel", activations: str = "histogram", 
     q = quantize(model, d.train.epoch(0), weights, activations, images)
     fp32, int8 = (evaluate(m, d.test.epoch(), recipe)["top1"] for m in (model, q))
     return _record("ptq", run, q, dict(weights=weights, activations=activations), dict(top1=int8, top1_fp32=fp32, drop=fp32 - int8), start, out)
-
-# %% ../nbs/06_quantization.ipynb #f4d3b959
-def _job(call):
-    torch.set_num_threads(1)
-    f, args, kwargs = call
-    return f(*args, **kwargs)
-
-
-def each(calls: list, jobs: int = 2) -> list:
-    "`[f(*args, **kwargs) for f, args, kwargs in calls]`, `jobs` at a time in processes with one thread each; one after the other on a GPU"
-    if jobs < 2 or len(calls) < 2 or torch.cuda.is_available(): return [f(*args, **kwargs) for f, args, kwargs in calls]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_job, calls))
 
 # %% ../nbs/06_quantization.ipynb #782101b3
 @torch.no_grad()
@@ -451,16 +439,6 @@ def _compare(model, file, batches):
     return dict(top1=100*float(right[0])/n, top1_model=100*float(right[1])/n, images=n)
 
 # %% ../nbs/06_quantization.ipynb #d24c68d6
-def interleaved(files: list, x, repeats: int = 20) -> list:
-    "Seconds of each of the ONNX `files` on the array `x`, taken in turn in one process: `[repeats, files]` after a warm-up"
-    sessions, times = [_session(f) for f in files], []
-    for _ in range(repeats + 3):
-        t = [time.perf_counter()]
-        for s in sessions: s(x); t.append(time.perf_counter())
-        times.append(np.diff(t).tolist())
-    return times[3:]
-
-
 def int8_speed(model: str = "repoptvgg_b1", size: int = 64, batch: int = 8, repeats: int = 20, out=None) -> dict:
     "Time of fp32 over time of INT8 in ONNX Runtime: returns (and with `out` writes) an `int8` record, with median and quartiles of `repeats` interleaved ratios."
     ort, start, net = _engine(), time.time(), deployed(create_model(model))
@@ -468,9 +446,9 @@ def int8_speed(model: str = "repoptvgg_b1", size: int = 64, batch: int = 8, repe
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{folder}/fp32.onnx", f"{folder}/int8.onnx"]
         for g, f in zip((net, q.graph), files): _write_onnx(g, x, f)
-        times = interleaved(files, x[:batch].numpy(), repeats)
-    low, middle, high = statistics.quantiles((a/b for a, b in times), n=4)
-    metrics = dict(ratio=middle, ratio_low=low, ratio_high=high, ms_fp32=1e3*statistics.median(a for a, _ in times), ms_int8=1e3*statistics.median(b for _, b in times))
+        fp32, int8 = interleaved([partial(_session(f), x[:batch].numpy()) for f in files], repeats, warmup=3).T
+    middle, (low, high) = quartiles(fp32/int8)
+    metrics = dict(ratio=middle, ratio_low=low, ratio_high=high, ms_fp32=quartiles(fp32)[0], ms_int8=quartiles(int8)[0])
     record = records.make_record("int8", dict(model=model, image_size=size, batch=batch, engine=f"ONNX Runtime {ort.__version__}, CPU", threads=torch.get_num_threads(), quantizer=q.how, repeats=repeats), metrics, seconds=time.time() - start)
     if out: records.write(record, out)
     return record

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOISY', 'TABLE3', 'PRECISIONS', 'KINDS', 'GB', 'VARIANTS', 'LAYOUTS', 'milliseconds', 'interleaved', 'quartiles',
            'summary', 'build', 'optimizer', 'scales_of', 'arithmetic', 'train_step', 'accelerator', 'Work', 'flops',
-           'ceilings', 'speedup', 'has_timm', 'clock_mhz', 'row', 'pair', 'train_speed', 'parts', 'Live', 'predict',
-           'measured_peak', 'largest', 'predicted_largest', 'room', 'capped', 'runs', 'max_batch', 'throughput',
-           'extra_bytes', 'step_cost', 'Progress', 'line', 'arguments', 'jobs', 'main', 'shared']
+           'ceilings', 'speedup', 'has_timm', 'clock_mhz', 'row', 'pair', 'train_speed', 'parts', 'Live', 'imagined',
+           'step_bytes', 'predict', 'measured_peak', 'largest', 'predicted_largest', 'room', 'capped', 'runs',
+           'max_batch', 'throughput', 'extra_bytes', 'step_cost', 'Progress', 'line', 'arguments', 'jobs', 'main',
+           'shared']
 
 # %% ../nbs/05a_speed.ipynb #b0778fbc
 import argparse, contextlib, gc, importlib.util, os, re, subprocess, sys, time, weakref
@@ -282,31 +283,40 @@ class Live(TorchDispatchMode):
     def _gone(self, key): self.now -= self.sizes.pop(key)
 
 # %% ../nbs/05a_speed.ipynb #9e2733e5
-@lru_cache(None)
-def _fake(name: str):
-    "A model and its optimizer, with their state, made of tensors without memory: (the mode they live in, the count of their bytes, model, optimizer)"
+def imagined(model, make_optimizer) -> tuple:
+    "`model`, built on the meta device, and `make_optimizer(model)` with its state, of tensors without memory: (the mode they live in, the count of their bytes, model, optimizer)"
     from torch._subclasses.fake_tensor import FakeTensorMode
-    mode, live, scales = FakeTensorMode(allow_non_fake_inputs=True), Live(), scales_of(name)
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     with mode, live:
-        model = build(name); opt = optimizer(model, scales, plain=True)
+        opt = make_optimizer(model.to_empty(device="cpu"))
         for q in model.parameters(): q.grad = torch.zeros_like(q)
         opt.step(); opt.zero_grad()                                             # the state is there from the first step on
     return mode, live, model, opt
 
 
-@lru_cache(None)
-def predict(name: str, batch: int, size: int = 224, precision: str = "fp32") -> dict:
-    "Bytes of a training step of model `name`, without running it: {'peak', 'saved' (by autograd for the backward pass, parameters apart), 'fixed' (parameters and the optimizer's state)}"
-    mode, live, model, opt = _fake(name)
+def step_bytes(mode, live, model, opt, shape, precision: str = "fp32") -> dict:
+    "Bytes of a training step of what was `imagined`, on images of `shape`: {'peak', 'saved' (by autograd for the backward pass, parameters apart), 'fixed' (parameters and the optimizer's state)}"
     saved, weights, fixed = {}, {id(q.untyped_storage()) for q in model.parameters()}, live.now
     def keep(t):
         s = t.untyped_storage()
         if id(s) not in weights: saved[id(s)] = s.nbytes()
         return t
     with mode, live, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        x, y, live.peak = torch.empty(batch, 3, size, size), torch.zeros(batch, dtype=torch.long), 0
+        x, y, live.peak = torch.empty(shape), torch.zeros(shape[0], dtype=torch.long), 0
         train_step(model, opt, x, y, precision); opt.zero_grad()
     return dict(peak=live.peak, saved=sum(saved.values()), fixed=fixed)
+
+
+@lru_cache(None)
+def _imagined(name):
+    with torch.device("meta"): model, scales = build(name), scales_of(name)
+    return imagined(model, lambda m: optimizer(m, scales, plain=True))
+
+
+@lru_cache(None)
+def predict(name: str, batch: int, size: int = 224, precision: str = "fp32") -> dict:
+    "`step_bytes` of model `name` and its optimizer, without running it"
+    return step_bytes(*_imagined(name), (batch, 3, size, size), precision)
 
 # %% ../nbs/05a_speed.ipynb #b9b78c60
 def measured_peak(name: str, batch: int, size: int = 224, precision: str = "fp32") -> int:

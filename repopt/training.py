@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'lr_at', 'make_optimizer', 'SplitBatchNorm2d',
            'split_batch_norm', 'TrainingError', 'train_step', 'evaluate', 'evaluate_weights', 'Run', 'build_folder',
-           'build_model', 'run', 'resolve', 'arguments', 'scale_means', 'run_all', 'given', 'parameters', 'cli',
+           'build_model', 'run', 'resolve', 'arguments', 'scale_means', 'each', 'run_all', 'given', 'parameters', 'cli',
            'named_scales', 'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
@@ -445,16 +445,22 @@ def _compiled(model):
     return forward
 
 # %% ../nbs/03c_training.ipynb #ba045abd
-def _worker(kwargs):
+def _worker(call):
     die_with_parent()                                                      # stop, and save, when the notebook's kernel goes
     torch.set_num_threads(1)
-    return run(**kwargs)
+    f, args, kwargs = call
+    return f(*args, **kwargs)
+
+
+def each(calls: list, jobs: int = 2) -> list:
+    "`[f(*args, **kwargs) for f, args, kwargs in calls]`, `jobs` at a time in processes with one thread each; one after the other on a GPU"
+    if jobs < 2 or len(calls) < 2 or torch.cuda.is_available(): return [f(*args, **kwargs) for f, args, kwargs in calls]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_worker, calls))
 
 
 def run_all(asked: list, jobs: int = 2) -> list:
-    "`[run(**a) for a in asked]`, `jobs` at a time in processes with one thread each; one after the other on a GPU, or where a run has many processes. Runs in the order of `asked`."
-    if jobs < 2 or len(asked) < 2 or torch.cuda.is_available() or any(a.get("gpus", 1)*a.get("nodes", 1) > 1 for a in asked): return [run(**a) for a in asked]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_worker, asked))
+    "`[run(**a) for a in asked]`, by `each`; one after the other where a run has many processes"
+    return each([(run, (), a) for a in asked], 1 if any(a.get("gpus", 1)*a.get("nodes", 1) > 1 for a in asked) else jobs)
 
 # %% ../nbs/03c_training.ipynb #00283e7d
 def given(namespace: dict, names: str) -> SimpleNamespace:

@@ -116,6 +116,21 @@ def test_capturable_keeps_the_count_on_the_device():
         torch.testing.assert_close(out[-1], out[-2], rtol=1e-5, atol=1e-6)
 
 
+def test_capturable_counts_each_kernel_by_itself():
+    "One that was frozen for three steps has its own bias corrections; so it is after a state has been loaded"
+    scales, out = Scales({n: dict(conv=torch.rand(8), conv_1x1=torch.rand(8)) for n in "pq"}), []
+    for capturable in (False, True):
+        torch.manual_seed(0); p, q = (torch.nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in "pq")
+        make = lambda: RepAdamW([("p", p), ("q", q)], lr=torch.tensor(1e-2), scales=scales, capturable=capturable)
+        opt = make()
+        for step in range(6):
+            p.grad, q.grad = torch.randn_like(p), torch.randn_like(q) if step > 2 else None
+            if step == 4: state, opt = opt.state_dict(), make(); opt.load_state_dict(state)
+            opt.step()
+        out.append(torch.stack([p.detach(), q.detach()]))
+    torch.testing.assert_close(out[0], out[1], rtol=1e-5, atol=1e-6)
+
+
 def test_gradscaler_and_accumulation():
     torch.manual_seed(0)
     scales, out = initial_scales("repoptvgg_digits"), []
