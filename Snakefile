@@ -4,14 +4,14 @@
 #
 #   snakemake --profile profiles/local            the digits recipe, five seeds
 #   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
-#   snakemake --profile profiles/slurm --config recipe=imagenet data=/data
+#   snakemake --profile profiles/slurm figures --config recipe=imagenet data=/data
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 RECIPE, SEEDS, DATA, EPOCHS = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", ""), config.get("epochs", "")
 ALL = workflow.resource_settings.cores or 2                                # on a cluster profiles/slurm says how many
 OUT = Path(config.get("out", "figures")).absolute()
-FLOORS = "csla grad_mult scales optim models data records checkpoint distributed training plan".split()
+FLOORS = "csla grad_mult scales optim models data records checkpoint distributed training speed plan".split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
@@ -26,7 +26,7 @@ PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level 
              + (f" -p data {Path(DATA).absolute()}" if DATA else "") + (f" -p epochs {EPOCHS}" if EPOCHS else ""))
 
 
-rule all:
+rule figures:
     input: f"build/marks/{RECIPE}/07_paper.done"
 
 

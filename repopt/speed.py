@@ -182,10 +182,10 @@ def ceilings(device: str = "", n: int = 0) -> dict:
 
 # %% ../nbs/05a_speed.ipynb #f1f214d4
 def speedup(ours, baseline, reference=None) -> dict:
-    "Times `[rounds]` of RepOpt-VGG, RepVGG and timm's RepVGG → how many times as fast, and does the baseline hold: within 3 % of timm's (None: timm was not there)"
+    "Times `[rounds]` of RepOpt-VGG, RepVGG and timm's RepVGG → how many times as fast, and does the baseline hold: not over 3 % slower than timm's (None: timm was not there)"
     ratio, q = quartiles(baseline/ours)
     timm = None if reference is None else quartiles(baseline/reference)[0]
-    return dict(speedup=ratio, speedup_quartiles=q, over_timm=timm, counts=None if timm is None else abs(timm - 1) <= .03)
+    return dict(speedup=ratio, speedup_quartiles=q, over_timm=timm, counts=None if timm is None else timm <= 1.03)
 
 
 def has_timm(shape: str) -> bool:
@@ -479,7 +479,7 @@ def line(r: dict) -> str:
 
 def _remarks(m) -> str:
     q = m.get("speedup_quartiles")
-    return (f"   {m['speedup']:.2f}x RepVGG ({q[0]:.2f} - {q[1]:.2f})" if q else "") + {True: ", baseline within 3 % of timm's", False: f", does not count: our RepVGG takes {m.get('over_timm') or 0:.2f}x timm's", None: ", baseline not checked: no timm" if q else ""}[m.get("counts")] \
+    return (f"   {m['speedup']:.2f}x RepVGG ({q[0]:.2f} - {q[1]:.2f})" if q else "") + {True: ", baseline as fast as timm's", False: f", does not count: our RepVGG takes {m.get('over_timm') or 0:.2f}x timm's", None: ", baseline not checked: no timm" if q else ""}[m.get("counts")] \
         + ("   NOISY: the spread is over 10 %, is something else running?" if m["noisy"] else "")
 
 # %% ../nbs/05a_speed.ipynb #78efa8fd

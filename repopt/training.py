@@ -10,6 +10,7 @@ __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'lr_at',
 
 # %% ../nbs/03c_training.ipynb #4229fa72
 import contextlib, difflib, fcntl, json, os, re, sys, tempfile, time, warnings
+from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from math import cos, pi
@@ -138,20 +139,21 @@ def split_batch_norm(model: nn.Module, size: int) -> nn.Module:
 class TrainingError(RuntimeError): "A run that cannot go on; the message says where its last good state is and what may help"
 
 
-def train_step(model, opt, x, y, recipe: Recipe) -> torch.Tensor:
-    "Forward, backward, clip, update. FloatingPointError, before the update, if the loss or a gradient is not finite. Returns the loss."
+def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Tensor:
+    "Forward, backward, clip, update. Returns the loss, nan where a gradient is not finite. `check` reads it before the update, and raises FloatingPointError then; without, nothing is read from the device."
+    opt.zero_grad(set_to_none=True)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
-    opt.zero_grad(set_to_none=True)
     loss.backward()
     grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
-    if not (loss + norm).isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+    seen = loss.detach() + 0*norm
+    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
     if recipe.clip_norm is not None:
         if isinstance(opt, RepOptimizer): clip_grad_norm_(opt, recipe.clip_norm)
         else: torch._foreach_mul_(grads, (recipe.clip_norm/(norm + 1e-6)).clamp(max=1.))
     opt.step()
-    return loss.detach()
+    return seen
 
 # %% ../nbs/03c_training.ipynb #0582a9e1
 @torch.no_grad()
@@ -346,10 +348,23 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
         if world.first: requeue()
         raise SystemExit(75)
     forward = averaged(model, world, torch.zeros(2, data.channels, recipe.image_size, recipe.image_size, device=device))
-    if recipe.compile: forward = _compiled(forward)
+    if recipe.compile: forward = _compiled(forward, graphs=device.type == "cuda" and world.size == 1 and recipe.image_size <= 64)
     buffers = [b for b in model.buffers() if b.is_floating_point()]           # batch norm's averages: a bad forward pass spoils them before it is noticed
     before = [b.clone() for b in buffers]
     copy = torch._foreach_copy_ if buffers else lambda to, of: None
+    every, good = _reads(device), None
+    def stopped(where, what, epoch, index, loss):
+        save(epoch, index, loss)
+        raise TrainingError(f"run {folder.name} stopped {where}: {what}. The state before it is in {folder}/step-{epoch*steps + index}.pt. "
+                            "A lower lr, a longer warm-up, clip_norm or precision=fp32 may help (--set lr=…)") from None
+    def look(epoch, index, loss):
+        "Read the loss of the steps since the last look. Back to where that was if it is not finite, else keep this state."
+        nonlocal good
+        if not loss.isfinite():
+            kept, *at = good
+            model.load_state_dict(kept["model"]); opt.load_state_dict(kept["optimizer"])
+            stopped(f"at epoch {epoch}, before step {index}", "a loss or a gradient was not finite", *at)
+        good = deepcopy(dict(model=model.state_dict(), optimizer=opt.state_dict())), epoch, index, loss.clone()
     with Signals() as stop:
         for epoch in range(state["epoch"], recipe.epochs):
             model.train(); start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
@@ -357,14 +372,12 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
                 torch.manual_seed(generator(asked["seed"], epoch, i, world.rank, "dropout").initial_seed())   # chance in the net depends on the step alone: nothing of it to save
                 for g in opt.param_groups: g["lr"] = lr_at(recipe, epoch*steps + i, steps)
                 if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-                copy(before, buffers)
-                try: loss += train_step(forward, opt, x, y, recipe)
-                except FloatingPointError as e:
-                    copy(buffers, before)
-                    save(epoch, i, loss)
-                    raise TrainingError(f"run {folder.name} stopped before the update at epoch {epoch}, step {i}: {e}. The state before it is in {folder}/step-{epoch*steps + i}.pt. "
-                                        "A lower lr, a longer warm-up, clip_norm or precision=fp32 may help (--set lr=…)") from None
+                if every == 1: copy(before, buffers)
+                if every > 1 and (i == start or i % every == 0): look(epoch, i, loss)
+                try: loss += train_step(forward, opt, x, y, recipe, check=every == 1)
+                except FloatingPointError as e: copy(buffers, before); stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
                 due = world.highest(2 if stop.signal else int(world.first and time.time() - saved > save_seconds))
+                if every > 1 and (due or i + 1 == steps): look(epoch, i + 1, loss)
                 if due: save(epoch, i + 1, loss); saved = time.time()
                 if due == 2: leave()
                 log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
@@ -432,9 +445,14 @@ class _Progress:
         print(f"{self.what}: epoch {done:.4g}/{self.epochs}, loss {float(loss):.3f}{seen}, {seconds:.0f} s{left}", flush=True)
 
 
-def _compiled(model):
-    "torch.compile, or the model itself with one warning where there is no compiler or it fails"
-    compiled, state = torch.compile(model), dict(ok=True)
+def _reads(device) -> int:
+    "Every how many steps the loss is read: a GPU that works ahead is not made to wait at each"
+    return 16 if device.type == "cuda" else 1
+
+
+def _compiled(model, graphs=False):
+    "torch.compile, with CUDA graphs where a step is so short that launching it takes longer, or the model itself with one warning where there is no compiler or it fails"
+    compiled, state = torch.compile(model, mode="reduce-overhead" if graphs else None), dict(ok=True)
     def forward(x):
         if state["ok"]:
             try: return compiled(x)
@@ -446,10 +464,12 @@ def _compiled(model):
 
 # %% ../nbs/03c_training.ipynb #ba045abd
 def _worker(call):
-    die_with_parent()                                                      # stop, and save, when the notebook's kernel goes
+    parent = os.getppid(); die_with_parent()                               # stop, and save, when the notebook's kernel goes
     torch.set_num_threads(1)
     f, args, kwargs = call
-    return f(*args, **kwargs)
+    try: return f(*args, **kwargs)
+    finally:
+        if os.getppid() != parent: os._exit(75)                            # and do not wait for calls that nobody can make any more
 
 
 def each(calls: list, jobs: int = 2) -> list:
