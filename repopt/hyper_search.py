@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['ResidualBlock', 'resnet_b1', 'identity_ratios', 'photographs', 'figure4', 'search', 'plot_blocks', 'plot_epochs',
-           'last_of_stage3', 'eligible', 'to_hyper_search', 'main']
+           'last_of_stage3', 'search_speed', 'eligible', 'to_hyper_search', 'main']
 
 # %% ../nbs/04_hyper_search.ipynb #72718571
-import math, sys, warnings
+import itertools, math, sys, time, warnings
 from copy import deepcopy
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from .csla import CSLA
+from .data import load_data
 from .grad_mult import rep_branches
-from .scales import Scales
-from .training import Recipe, Run, cli, run, run_all
 from .models import create_model, initial_scales, to_branches
+from .records import make_record, write
+from .scales import Scales
+from .speed import accelerator, arithmetic, interleaved, quartiles, summary
+from .training import Recipe, Run, build_model, cli, compiled, make_optimizer, resolve, run, run_all, train_step
 
 # %% ../nbs/04_hyper_search.ipynb #f8f90651
 class ResidualBlock(nn.Module):
@@ -107,6 +111,31 @@ def last_of_stage3(model: str) -> int:
     "The index of the block that Fig. 6 follows: the last of the third stage, counted from the stem"
     with torch.device("meta"): return sum(create_model(model).shape.depths[:3])
 
+# %% ../nbs/04_hyper_search.ipynb #b7e2d9a4
+def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
+    "`train_speed` record of a Hyper-Search step: 'ms', 'speedup' over three eager branches in fp32 with quartiles of `rounds` interleaved ratios, and 'loss' of both after the last"
+    recipe, device = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), torch.device(accelerator())
+    fast = resolve(recipe, device); plain, began = replace(fast, compile=False, precision="fp32", channels_last=False), time.time()
+    d = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, 0, device, recipe.num_classes)
+    losses = {}
+    def step(r, folded):
+        torch.manual_seed(0); net = build_model(r.model, "hs", r, d.channels).to(device).train()
+        for m in net.modules():
+            if isinstance(m, CSLA): m.folded = folded
+        opt, forward, batches = make_optimizer("sgd", net, replace(r, lr=r.lr/10)), compiled(net, r) if r.compile else net, (b for e in itertools.count() for b in d.train.epoch(e))
+        def once():
+            x, y = next(batches)
+            if r.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+            with arithmetic("tf32" if r.precision == "bf16" else "fp32"): losses[folded] = train_step(forward, opt, x, y, r, check=device.type == "cpu")
+        return once
+    t = interleaved([step(plain, False), step(fast, True)], rounds, device.type)
+    ratio, quarters = quartiles(t[:, 0]/t[:, 1])
+    asked = dict(recipe=asdict(recipe) | dict(strides=recipe.strides and list(recipe.strides)), model=recipe.model, mode="hs", batch=recipe.batch_size, threads=torch.get_num_threads(), rounds=rounds)
+    metrics = dict(**summary(t[:, 1]), ms_branches=quartiles(t[:, 0])[0], speedup=ratio, speedup_quartiles=quarters, images_per_second=1e3*recipe.batch_size/quartiles(t[:, 1])[0], loss=float(losses[True]), loss_branches=float(losses[False]))
+    record = make_record("train_speed", asked, metrics, seconds=time.time() - began)
+    if out: write(record, out)
+    return record
+
 # %% ../nbs/04_hyper_search.ipynb #9925ce4d
 def eligible(model: nn.Module, plain=()) -> tuple:
     "({name: conv that can have a Hyper-Search block}, {name: why not} for every other conv). ValueError for kernels that are shared, lazy or quantized."
@@ -148,6 +177,7 @@ def main(argv=None) -> int:
     "Search the scales of one model. Returns the exit code: 0 done, 2 bad input, 75 stopped by a signal."
     try:
         a, recipe, _ = cli(argv, "repopt.hyper_search", "hs", "Find the scales of a RepOptimizer (Hyper-Search).")
+        if a.compare: print("a step of {ms:.0f} ms, {speedup:.2f}x the eager one of three branches in fp32 (quartiles {speedup_quartiles[0]:.2f} to {speedup_quartiles[1]:.2f})".format(**search_speed(recipe, a.compare, a.data, a.out)["metrics"])); return 0
         done = search(recipe, a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds)
     except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
     print(f"run {done.id}: top-1 {done.top1:.2f} %, scales in {done.folder/'scales.safetensors'}"); return 0

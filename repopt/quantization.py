@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SAMPLED', 'OBSERVATIONS', 'QuantizationError', 'Quantized', 'check_model', 'calibration', 'quantize',
-           'int8_weights', 'sqnr', 'deployed', 'ptq', 'put_back_norms', 'tune', 'quantize_aware', 'Part', 'qat',
-           'spread_of', 'stages_of_fusion', 'sensitivity', 'spread', 'observations', 'plot_layers', 'figure3',
+           'int8_weights', 'sqnr', 'deployed', 'ptq', 'ptq_weights', 'put_back_norms', 'tune', 'quantize_aware', 'Part',
+           'qat', 'spread_of', 'stages_of_fusion', 'sensitivity', 'spread', 'observations', 'plot_layers', 'figure3',
            'figure5', 'export_int8', 'int8_speed', 'find_run', 'main']
 
 # %% ../nbs/06_quantization.ipynb #5c0a21ed
@@ -23,7 +23,7 @@ from .csla import CSLA
 from .data import load_data
 from .models import ConvBlock, RepVGGBlock, create_model
 from .speed import interleaved, quartiles
-from .training import Recipe, Run, build_folder, evaluate
+from .training import Recipe, Run, build_folder, evaluate, load_weights, resolve
 
 # %% ../nbs/06_quantization.ipynb #2173dd96
 class QuantizationError(ValueError): "A model, a calibration set or an engine that does not allow what was asked; nothing was changed or written"
@@ -178,6 +178,15 @@ def ptq(run: Run, weights: str = "per_channel", activations: str = "histogram", 
     q = quantize(model, d.train.epoch(0), weights, activations, images)
     fp32, int8 = (evaluate(m, d.test.epoch(), recipe)["top1"] for m in (model, q))
     return _record("ptq", run, q, dict(weights=weights, activations=activations), dict(top1=int8, top1_fp32=fp32, drop=fp32 - int8), start, out)
+
+# %% ../nbs/06_quantization.ipynb #e6b3c8d2
+def ptq_weights(weights, recipe: Recipe, model=None, data=None, images: int = 512) -> dict:
+    "Top-1 of the weights in a file, published or of a run, before and after PTQ: {'fp32', 'per_tensor', 'per_channel'}. ValueError where they do not fit the net."
+    r = resolve(recipe, "cpu")
+    d = load_data(r.data, r.batch_size, "none", r.image_size, r.test_size, data, classes=r.num_classes)
+    net = deployed(load_weights(weights, r, model, in_chans=d.channels))
+    nets = {"fp32": net, **{w: quantize(net, d.train.epoch(0), w, images=images) for w in ("per_tensor", "per_channel")}}
+    return {k: evaluate(m, d.test.epoch(), r)["top1"] for k, m in nets.items()}
 
 # %% ../nbs/06_quantization.ipynb #782101b3
 @torch.no_grad()

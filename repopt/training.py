@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'lr_at', 'make_optimizer', 'SplitBatchNorm2d',
-           'split_batch_norm', 'TrainingError', 'train_step', 'evaluate', 'evaluate_weights', 'Run', 'build_folder',
-           'build_model', 'run', 'resolve', 'arguments', 'scale_means', 'each', 'run_all', 'given', 'parameters', 'cli',
-           'named_scales', 'main']
+           'split_batch_norm', 'TrainingError', 'train_step', 'evaluate', 'load_weights', 'evaluate_weights', 'Run',
+           'build_folder', 'build_model', 'run', 'resolve', 'arguments', 'scale_means', 'compiled', 'each', 'run_all',
+           'given', 'parameters', 'cli', 'named_scales', 'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
 import contextlib, difflib, fcntl, json, os, re, sys, tempfile, time, warnings
@@ -172,20 +172,24 @@ def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None
     return None if any(stopped) else dict(top1=100*right/total, loss=loss/total)
 
 # %% ../nbs/03c_training.ipynb #563fc84a
-def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="target") -> dict:
-    "Top-1 and loss of the weights in the file `weights` (the authors' or ours) on the test set of `recipe`. ValueError where they do not fit the net or the data."
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), device)
-    have = checkpoint.foreign_weights(weights)
-    loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, 0, device, recipe.num_classes)
-    net = build_model(model or recipe.model, mode, recipe, loaded.channels)
+def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: int = 3) -> nn.Module:
+    "The net of `recipe`, or `model`, with the weights in the file `weights` (the authors' or ours). ValueError where they do not fit it."
+    have, net = checkpoint.foreign_weights(weights), build_model(model or recipe.model, mode, recipe, in_chans)
     want = {k: v.shape for k, v in net.state_dict().items()}
     if "linear.weight" in have and "linear.weight" in want and have["linear.weight"].shape != want["linear.weight"]:
         raise ValueError(f"{weights} has {len(have['linear.weight'])} classes and {have['linear.weight'].shape[1]} features, {model or recipe.model} for {recipe.name} has {want['linear.weight'][0]} and {want['linear.weight'][1]}")
     wrong = sorted(k for k in {*have, *want} if not k.endswith("num_batches_tracked") and (k not in have or have[k].shape != want.get(k)))
     if wrong: raise ValueError(f"{weights} does not fit {model or recipe.model}: {len(wrong)} names or shapes differ, {', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}")
     net.load_state_dict(have, strict=False)
-    return evaluate(net.to(device), loaded.test.epoch(), recipe)
+    return net.eval()
+
+
+def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="target") -> dict:
+    "Top-1 and loss of the weights in a file on the test set of `recipe`. Errors as in `load_weights`."
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), device)
+    loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, 0, device, recipe.num_classes)
+    return evaluate(load_weights(weights, recipe, model, mode, loaded.channels).to(device), loaded.test.epoch(), recipe)
 
 # %% ../nbs/03c_training.ipynb #312510f0
 @dataclass
@@ -348,7 +352,7 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
         if world.first: requeue()
         raise SystemExit(75)
     forward = averaged(model, world, torch.zeros(2, data.channels, recipe.image_size, recipe.image_size, device=device))
-    if recipe.compile: forward = _compiled(forward, graphs=device.type == "cuda" and world.size == 1 and recipe.image_size <= 64)
+    if recipe.compile: forward = compiled(forward, recipe, world.size)
     buffers = [b for b in model.buffers() if b.is_floating_point()]           # batch norm's averages: a bad forward pass spoils them before it is noticed
     before = [b.clone() for b in buffers]
     copy = torch._foreach_copy_ if buffers else lambda to, of: None
@@ -450,12 +454,13 @@ def _reads(device) -> int:
     return 16 if device.type == "cuda" else 1
 
 
-def _compiled(model, graphs=False):
-    "torch.compile, with CUDA graphs where a step is so short that launching it takes longer, or the model itself with one warning where there is no compiler or it fails"
-    compiled, state = torch.compile(model, mode="reduce-overhead" if graphs else None), dict(ok=True)
+def compiled(model, recipe: Recipe, processes: int = 1):
+    "torch.compile, on one GPU with CUDA graphs where a step is so short that launching it takes longer; or the model itself with one warning where there is no compiler or it fails"
+    graphs = processes == 1 and recipe.image_size <= 64 and next(model.parameters()).is_cuda
+    fast, state = torch.compile(model, mode="reduce-overhead" if graphs else None), dict(ok=True)
     def forward(x):
         if state["ok"]:
-            try: return compiled(x)
+            try: return fast(x)
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as e:
                 if isinstance(e, torch.OutOfMemoryError): raise
                 state["ok"] = False; warnings.warn(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
@@ -515,6 +520,7 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
     p.add_argument("--data", help="data folder (default: $REPOPT_DATA)"); p.add_argument("--out", help="where the record is written, e.g. figures")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)"); p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
+    if mode == "hs": p.add_argument("--compare", type=int, metavar="ROUNDS", help="train nothing: time ROUNDS steps of the search beside as many of three branches, eager and in fp32")
     if mode == "target":
         p.add_argument("--optimizer", choices=list(OPTIMIZERS)); p.add_argument("--mode", default="target", choices=["target", "csla", "hs"])
         p.add_argument("--gpus", type=int, default=1, help="processes on a node, one a GPU"); p.add_argument("--nodes", type=int, default=1, help="nodes, in a Slurm allocation")
