@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'AUGMENTS', 'DataError', 'data_root', 'Split', 'load_digits', 'load_cifar100',
-           'image_folders', 'why_broken', 'say_broken', 'load_image_folder', 'generator', 'share', 'pad_crop_flip',
-           'TensorLoader', 'Packed', 'open_folder', 'pack', 'transforms', 'FolderLoader', 'Data', 'load_data',
-           'listing_sha256', 'main']
+           'image_folders', 'why_broken', 'say_broken', 'decoded', 'load_image_folder', 'load_caltech256', 'generator',
+           'share', 'pad_crop_flip', 'TensorLoader', 'Packed', 'open_folder', 'pack', 'transforms', 'FolderLoader',
+           'Data', 'load_data', 'listing_sha256', 'main']
 
 # %% ../nbs/03_data.ipynb #66d38a61
 import hashlib, os, random, sys
@@ -84,7 +84,7 @@ def image_folders(root) -> tuple:
 # %% ../nbs/03_data.ipynb #affe0c31
 def why_broken(e: Exception) -> str:
     "One line on why a picture could not be decoded"
-    return f"{type(e).__name__}: {e}".splitlines()[0]
+    return f"{type(e).__name__}: {e}".splitlines()[0].partition(" <_io")[0]      # the file is named by whoever asks
 
 
 def say_broken(found: dict, broken: str) -> dict:
@@ -98,23 +98,34 @@ def say_broken(found: dict, broken: str) -> dict:
 # %% ../nbs/03_data.ipynb #64c972bc
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-def load_image_folder(root, size: int, broken: str = "skip"):
-    "(train, val) of an ImageFolder of small pictures, decoded into memory at `size`×`size`. What cannot be decoded is left out and named, or with `broken='refuse'` a DataError."
+def decoded(samples: list, size: int, broken: str = "skip") -> Split:
+    "The pictures of `samples`, `(path, label)`, in memory at `size`×`size`. What cannot be decoded is left out and named, or with `broken='refuse'` a DataError."
     from concurrent.futures import ThreadPoolExecutor
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
     def decode(item):
-        try: x = pil_to_tensor(folder.loader(item[0]))
+        try: x = pil_to_tensor(default_loader(item[0]))
         except Exception as e: return why_broken(e)
         return x if x.shape[1:] == (size, size) else center_crop(resize(x, size, antialias=True), [size, size])
-    out = []
-    for path in image_folders(root):
-        folder = ImageFolder(path)
-        with ThreadPoolExecutor() as pool: images = list(pool.map(decode, folder.samples))
-        bad = say_broken({p: x for (p, _), x in zip(folder.samples, images) if isinstance(x, str)}, broken)
-        good = [k for k, x in enumerate(images) if not isinstance(x, str)]
-        out.append(Split(torch.stack([images[k] for k in good]), torch.tensor(folder.targets)[good], IMAGENET_MEAN, IMAGENET_STD, bad))
-    return tuple(out)
+    with ThreadPoolExecutor() as pool: images = list(pool.map(decode, samples))
+    bad = say_broken({p: x for (p, _), x in zip(samples, images) if isinstance(x, str)}, broken)
+    good = [(x, y) for x, (_, y) in zip(images, samples) if not isinstance(x, str)]
+    return Split(torch.stack([x for x, _ in good]), torch.tensor([y for _, y in good]), IMAGENET_MEAN, IMAGENET_STD, bad)
+
+
+def load_image_folder(root, size: int, broken: str = "skip"):
+    "(train, val) of an image folder of small pictures, each as in `decoded`"
+    from torchvision.datasets import ImageFolder
+    return tuple(decoded(ImageFolder(path).samples, size, broken) for path in image_folders(root))
+
+
+def load_caltech256(root, size: int = 32, broken: str = "skip"):
+    "(train, test) of Caltech256 from the folder that holds 256_ObjectCategories. It comes without a split: of each of its 257 categories every fifth picture, by name, is a test picture."
+    from torchvision.datasets import ImageFolder
+    try: folder = ImageFolder(Path(root)/"256_ObjectCategories")
+    except FileNotFoundError as e: raise DataError(f"{root} holds no Caltech256: expected 256_ObjectCategories/001.ak47/001_0001.jpg, …, saw {sorted(p.name for p in Path(root).glob('*'))[:8]}") from e
+    place = [k for c in range(len(folder.classes)) for k in range(folder.targets.count(c))]                  # of a picture among those of its category
+    return tuple(decoded([s for s, k in zip(folder.samples, place) if (k % 5 == 4) == test], size, broken) for test in (False, True))
 
 # %% ../nbs/03_data.ipynb #777df28a
 def generator(*key, device="cpu") -> torch.Generator:
@@ -298,12 +309,12 @@ class Data:
 
 def load_data(name: str, batch_size: int, augment: str = "none", image_size: int = 0, test_size: int = 0, data=None, seed: int = 0, device="cpu", classes: int = 0,
               shard=(0, 1), broken: str = "skip") -> Data:
-    "`digits`, `cifar100`, or an image folder (a folder below the data root, or `imagenet` for the root itself). DataError where it is not as expected."
+    "`digits`, `cifar100`, `caltech256`, or an image folder (a folder below the data root, or `imagenet` for the root itself). DataError where it is not as expected."
     if batch_size % shard[1]: raise DataError(f"batch_size={batch_size} cannot be shared equally by {shard[1]} processes")
     if augment not in AUGMENTS: raise DataError(f"unknown augment={augment!r}: there are {', '.join(AUGMENTS)}")
     root = None if name == "digits" else data_root(data)
-    if name in ("digits", "cifar100") or image_size <= 64:
-        tr, te = load_digits() if name == "digits" else load_cifar100(root) if name == "cifar100" else load_image_folder(_folder(root, name), image_size, broken)
+    if name in ("digits", "cifar100", "caltech256") or image_size <= 64:
+        tr, te = load_digits() if name == "digits" else load_cifar100(root) if name == "cifar100" else (load_caltech256 if name == "caltech256" else load_image_folder)(_folder(root, name), image_size, broken)
         if image_size and tr.images.shape[-1] != image_size: raise DataError(f"{name} has images of {tr.images.shape[-1]} pixels, the recipe says image_size={image_size}")
         n, c, sha = int(tr.labels.max()) + 1, tr.images.shape[1], hashlib.sha256((tr.sha256 + te.sha256).encode()).hexdigest()
         loaders = TensorLoader(tr, batch_size, augment, True, seed, device, shard), TensorLoader(te, max(batch_size, 500), "none", False, seed, device, shard)

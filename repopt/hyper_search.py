@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ResidualBlock', 'resnet_b1', 'identity_ratios', 'photographs', 'figure4', 'search', 'plot_blocks', 'plot_epochs',
-           'last_of_stage3', 'search_speed', 'eligible', 'to_hyper_search', 'main']
+           'last_of_stage3', 'block_means', 'search_speed', 'eligible', 'to_hyper_search', 'main']
 
 # %% ../nbs/04_hyper_search.ipynb #72718571
 import itertools, math, sys, time, warnings
@@ -110,6 +110,11 @@ def plot_epochs(ax, means, block: int, title: str = "") -> None:
 def last_of_stage3(model: str) -> int:
     "The index of the block that Fig. 6 follows: the last of the third stage, counted from the stem"
     with torch.device("meta"): return sum(create_model(model).shape.depths[:3])
+
+# %% ../nbs/04_hyper_search.ipynb #1b2c3d4e
+def block_means(scales) -> np.ndarray:
+    "`[blocks, 3]`: the mean of s, t and the identity of each kernel of `scales`, nan where it has no such branch"
+    return np.array([[float(bs[b].mean()) if b in bs else np.nan for b in ("conv", "conv_1x1", "identity")] for bs in scales.values()])
 
 # %% ../nbs/04_hyper_search.ipynb #b7e2d9a4
 def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:

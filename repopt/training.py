@@ -59,14 +59,14 @@ class Recipe:
     augment: str
     precision: str               # fp32, bf16, or auto: bf16 on a GPU
     compile: bool | str          # true, false, or auto: on a GPU
-    channels_last: bool
+    channels_last: bool | str    # true, false, or auto: on a GPU, and in bf16
     scale_init: str              # where Hyper-Search starts: ones, sqrt2l
     init: str                    # kernels: msra, torch
     identity: str                # Eq. 4's identity: one, searched
 
 # %% ../nbs/03c_training.ipynb #07032b71
 RECIPES = Path(__file__).parent/"assets"/"recipes" if "__file__" in globals() else Path("../repopt/assets/recipes")
-_CHOICES = dict(schedule=("cosine", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
+_CHOICES = dict(schedule=("cosine", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), channels_last=(True, False, "auto"), scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
 
 def load_recipe(name, **overrides) -> Recipe:
     "The recipe `name` (or a path to a .yaml) with `overrides`. ValueError for an unknown recipe, key or value."
@@ -271,7 +271,9 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
 def resolve(recipe: Recipe, device) -> Recipe:
     "`auto` replaced by what it means on this device"
     cuda = torch.device(device).type == "cuda"
-    return replace(recipe, precision=("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision, compile=cuda if recipe.compile == "auto" else recipe.compile)
+    precision = recipe.precision if recipe.precision != "auto" else "bf16" if cuda else "fp32"
+    given = lambda v, auto: auto if v == "auto" else v
+    return replace(recipe, precision=precision, compile=given(recipe.compile, cuda), channels_last=given(recipe.channels_last, cuda or precision == "bf16"))
 
 
 def _plain(d): return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
