@@ -106,9 +106,9 @@ def lr_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 # %% ../nbs/03c_training.ipynb #95f8ba77
 OPTIMIZERS = dict(
-    sgd=lambda g, r, s: torch.optim.SGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov),
+    sgd=lambda g, r, s: torch.optim.SGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=True),
     repsgd=lambda g, r, s: RepSGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, scales=s),
-    adamw=lambda g, r, s: torch.optim.AdamW(g, lr=r.lr),
+    adamw=lambda g, r, s: torch.optim.AdamW(g, lr=r.lr, fused=True),
     repadamw=lambda g, r, s: RepAdamW(g, lr=r.lr, scales=s))
 
 def make_optimizer(name: str, model: nn.Module, recipe: Recipe, scales=None):
