@@ -208,8 +208,8 @@ class _SumOfBranches(torch.autograd.Function):
         for i, (b, a, theta) in enumerate(zip(ctx.branches, parts, parts[len(ctx.branches):])):
             view = b.view(g)
             thetas.append((view*b.per_channel(a, g)).reshape(theta.shape))
-            alphas.append((view*theta.reshape(view.shape)).sum([*range(1, view.ndim)]).reshape(a.shape if a.ndim else -1) if ctx.needs_input_grad[2 + i] else None)
-        return None, None, *(x.sum() if x is not None and a.ndim == 0 else x for x, a in zip(alphas, parts)), *thetas
+            alphas.append((view*theta.reshape(view.shape)).sum_to_size(b.per_channel(a, g).shape).reshape(a.shape) if ctx.needs_input_grad[2 + i] else None)
+        return None, None, *alphas, *thetas
 
 # %% ../nbs/00_csla.ipynb #73fd8cc6
 class CSLA(nn.Module):
