@@ -241,10 +241,18 @@ def _alone(works, rounds, warmup, tick) -> np.ndarray:
 # %% ../nbs/05a_speed.ipynb #10eca491
 KINDS = {"convolution": "conv", "batch norm": "batch_norm", "addition": r"aten::add_?$", "ReLU": "relu|clamp_min|threshold"}
 
+@contextlib.contextmanager
+def _without_stderr():
+    "torch's profiler talks of itself, past Python"
+    sys.stderr.flush(); kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY); os.dup2(null, 2)
+    try: yield
+    finally: os.dup2(kept, 2); os.close(kept); os.close(null)
+
+
 def _profiled(fn, device) -> dict:
     "{operation: ms of its own} of one call"
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as prof:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as prof:
         fn()
         if device == "cuda": torch.cuda.synchronize()
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
