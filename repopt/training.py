@@ -339,12 +339,12 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
         if world.first: print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
     many = f", {world.size} processes" if world.size > 1 else ""
     log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log)
+    with Signals() as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log, stop)
     if world.first: _finish(folder, asked, recipe, model, data, state)
 
 # %% ../nbs/03c_training.ipynb #7375a20e
-def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log):
-    "The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves."
+def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log, stop):
+    "The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves. Every process notes signals by now: what follows waits for all."
     steps, began, saved, device = len(data.train), time.time() - state["seconds"], time.time(), next(model.parameters()).device
     def save(epoch, index, loss):
         state.update(epoch=epoch, index=index, loss=world.each(float(loss)), seconds=time.time() - began)
@@ -371,29 +371,28 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
             model.load_state_dict(kept["model"]); opt.load_state_dict(kept["optimizer"])
             stopped(f"at epoch {epoch}, before step {index}", "a loss or a gradient was not finite", *at)
         good = deepcopy(dict(model=model.state_dict(), optimizer=opt.state_dict())), epoch, index, loss.clone()
-    with Signals() as stop:
-        for epoch in range(state["epoch"], recipe.epochs):
-            model.train(); start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
-            for i, (x, y) in enumerate(data.train.epoch(epoch, start), start):
-                torch.manual_seed(generator(asked["seed"], epoch, i, world.rank, "dropout").initial_seed())   # chance in the net depends on the step alone: nothing of it to save
-                for g in opt.param_groups: g["lr"] = lr_at(recipe, epoch*steps + i, steps)
-                if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-                if every == 1: copy(before, buffers)
-                if every > 1 and (i == start or i % every == 0): look(epoch, i, loss)
-                try: loss += train_step(forward, opt, x, y, recipe, check=every == 1)
-                except FloatingPointError as e: copy(buffers, before); stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
-                due = world.highest(2 if stop.signal else int(world.first and time.time() - saved > save_seconds))
-                if every > 1 and (due or i + 1 == steps): look(epoch, i + 1, loss)
-                if due: save(epoch, i + 1, loss); saved = time.time()
-                if due == 2: leave()
-                log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
-            test = evaluate(model, data.test.epoch(), recipe, world, stop)
-            if test is None: save(epoch, steps, loss); leave()
-            state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"], top1=test["top1"]))
-            if asked["mode"] == "hs": state["means"].append(scale_means(model))
-            if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1): _write_weights(model, folder/"best.safetensors", last=False)
-            state.update(index=0, loss=[0.]*world.size, seconds=time.time() - began)
-            log(epoch + 1, state["epochs"][-1]["train_loss"], state["seconds"], test["top1"])
+    for epoch in range(state["epoch"], recipe.epochs):
+        model.train(); start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
+        for i, (x, y) in enumerate(data.train.epoch(epoch, start), start):
+            torch.manual_seed(generator(asked["seed"], epoch, i, world.rank, "dropout").initial_seed())   # chance in the net depends on the step alone: nothing of it to save
+            for g in opt.param_groups: g["lr"] = lr_at(recipe, epoch*steps + i, steps)
+            if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+            if every == 1: copy(before, buffers)
+            if every > 1 and (i == start or i % every == 0): look(epoch, i, loss)
+            try: loss += train_step(forward, opt, x, y, recipe, check=every == 1)
+            except FloatingPointError as e: copy(buffers, before); stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
+            due = world.highest(2 if stop.signal else int(world.first and time.time() - saved > save_seconds))
+            if every > 1 and (due or i + 1 == steps): look(epoch, i + 1, loss)
+            if due: save(epoch, i + 1, loss); saved = time.time()
+            if due == 2: leave()
+            log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
+        test = evaluate(model, data.test.epoch(), recipe, world, stop)
+        if test is None: save(epoch, steps, loss); leave()
+        state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"], top1=test["top1"]))
+        if asked["mode"] == "hs": state["means"].append(scale_means(model))
+        if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1): _write_weights(model, folder/"best.safetensors", last=False)
+        state.update(index=0, loss=[0.]*world.size, seconds=time.time() - began)
+        log(epoch + 1, state["epochs"][-1]["train_loss"], state["seconds"], test["top1"])
 
 # %% ../nbs/03c_training.ipynb #03a81805
 @contextlib.contextmanager

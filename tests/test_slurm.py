@@ -42,11 +42,10 @@ def submit(env, build, partition, processes, *more):
     return say(env, "sbatch", "--parsable", "--requeue", "--open-mode=append", "-p", partition, "--exclusive", "-o", f"{build}/log", str(script))
 
 
-@pytest.mark.parametrize("how,processes", [("requeue", 1), ("preemption", 1), ("preemption", 2), ("grace", 1)])
+@pytest.mark.parametrize("how,processes", [("requeue", 1), ("preemption", 1), ("preemption", 2)])
 def test_a_disturbed_job_ends_in_the_same_bits(env, tmp_path, how, processes):
     calm, build, epochs = tmp_path/"calm", tmp_path/"disturbed", ("--set", "epochs=4")
     finish(calm, processes, *epochs)
-    say(env, "scontrol", "update", "PartitionName=low", f"GraceTime={30 if how == 'grace' else 0}")        # seconds between SIGTERM and the end
     job = submit(env, build, "low", processes, *epochs)
     seen = lambda: f"{state(env, job)}: {(build/'log').read_text() if (build/'log').exists() else 'no log'}"
     wait(lambda: list(build.glob("runs/*/step-*.sha256")), seen)
