@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'save', 'steps', 'load', 'load_latest', 'Ignored', 'foreign_weights']
 
 # %% ../nbs/03b_checkpoint.ipynb #f0547094
-import hashlib, io, os, pickle, re, warnings
+import hashlib, io, pickle, re, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import torch

@@ -7,11 +7,10 @@ __all__ = ['World', 'die_with_parent', 'joined', 'enough_gpus', 'averaged', 'buf
            'WorkerError', 'launch', 'first_failure']
 
 # %% ../nbs/03ba_distributed.ipynb #b80f0ad8
-import collections, contextlib, ctypes, os, re, shlex, signal, socket, subprocess, sys, warnings
+import collections, contextlib, ctypes, os, re, signal, subprocess, sys, warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -17,7 +17,7 @@ def named_branch(name: str) -> Branch:
     "The branch that a name stands for: `conv`, `conv_<k>x<k>` or `identity`. ValueError for another."
     if name == "conv": return Conv()
     if name == "identity": return Identity()
-    if m := re.fullmatch(r"conv((?:_|x)\d+)+", name): return Conv(tuple(int(k) for k in re.findall(r"\d+", name)))
+    if re.fullmatch(r"conv((?:_|x)\d+)+", name): return Conv(tuple(int(k) for k in re.findall(r"\d+", name)))
     raise ValueError(f"unknown branch {name!r}: known are conv, identity and conv_<height>x<width>")
 
 # %% ../nbs/01_grad_mult.ipynb #49c434d5

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from .csla import CSLA
 from .data import load_data
-from .grad_mult import rep_branches
-from .models import create_model, initial_scales, to_branches
+from .models import create_model, to_branches
 from .records import make_record, write
 from .scales import Scales
 from .speed import accelerator, arithmetic, interleaved, quartiles, summary
-from .training import Recipe, Run, build_model, cli, compiled, make_optimizer, resolve, run, run_all, train_step
+from .training import Recipe, Run, build_model, cli, compiled, make_optimizer, resolve, run, train_step
 
 # %% ../nbs/04_hyper_search.ipynb #f8f90651
 class ResidualBlock(nn.Module):
@@ -127,7 +126,7 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
         torch.manual_seed(0); net = build_model(r.model, "hs", r, d.channels).to(device).train()
         for m in net.modules():
             if isinstance(m, CSLA): m.folded = folded
-        opt, forward, batches = make_optimizer("sgd", net, replace(r, lr=r.lr/10)), compiled(net, r) if r.compile else net, (b for e in itertools.count() for b in d.train.epoch(e))
+        opt, forward, batches = make_optimizer("sgd", net, replace(r, lr=r.lr/10)), compiled(net, r) if r.compile else net, (b for e in itertools.count() for b in d.train.epoch(e))     # no warm-up here, so a tenth of the lr
         def once():
             x, y = next(batches)
             if r.channels_last: x = x.contiguous(memory_format=torch.channels_last)
@@ -135,7 +134,7 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
         return once
     t = interleaved([step(plain, False), step(fast, True)], rounds, device.type)
     ratio, quarters = quartiles(t[:, 0]/t[:, 1])
-    asked = dict(recipe=asdict(recipe) | dict(strides=recipe.strides and list(recipe.strides)), model=recipe.model, mode="hs", batch=recipe.batch_size, threads=torch.get_num_threads(), rounds=rounds)
+    asked = dict(recipe=asdict(fast), model=recipe.model, mode="hs", batch=recipe.batch_size, threads=torch.get_num_threads(), rounds=rounds)
     metrics = dict(**summary(t[:, 1]), ms_branches=quartiles(t[:, 0])[0], speedup=ratio, speedup_quartiles=quarters, images_per_second=1e3*recipe.batch_size/quartiles(t[:, 1])[0], loss=float(losses[True]), loss_branches=float(losses[False]))
     record = make_record("train_speed", asked, metrics, seconds=time.time() - began)
     if out: write(record, out)

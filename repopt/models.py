@@ -11,8 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from .csla import Block, CSLA, Conv, Depthwise, Identity, init_
+from torch import nn
+from .csla import Block, CSLA, Conv, init_
 from .grad_mult import named_branch
 from .scales import Scales, initial
 

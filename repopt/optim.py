@@ -418,7 +418,7 @@ def _update(self, i, t, views):
     corners = [(v, [x.index_select(0, v["terms"].diagonal) for x in (*v["corner"], g.reshape(-1))]) for v, g in zip(views, grads) if v["corner"]]
     for v, (w, *state, g) in corners: P.append(w); S.append(dict(zip(v["state"], state))); G.append(g); T.append(v["terms"].there)
     if group.get("maximize"): G = [-g for g in G]
-    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if group.get("capturable") and self.rule is not SGD else t) if views else {}
+    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if group.get("capturable") else t) if views else {}
     self._run((i, flags), P, G, S, T, k)
     for v, parts in corners:
         for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].diagonal, y)

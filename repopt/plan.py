@@ -9,7 +9,6 @@ __all__ = ['gpus_for', 'footprint', 'seconds_an_image', 'loading_rate', 'plan']
 import shlex, sys, time
 from dataclasses import replace
 import torch
-import torch.nn.functional as F
 from .data import load_data
 from .distributed import command
 from .speed import imagined, step_bytes

@@ -185,9 +185,9 @@ def figures(found) -> dict:
         return min(rows, key=lambda r: (QUANTIZED.index(records.lookup(r, "recipe__name")) if records.lookup(r, "recipe__name") in QUANTIZED else 9, records.lookup(r, "seed")), default=None)
     arrays = lambda r: dict(np.load(Path(r["path"]).with_suffix(".npz")))
     searches = [s for d in ("cifar100", "caltech256") if (s := first("search", data__name=d))] or [s for s in [first("search")] if s]      # the paper's two sets, or what there is
-    for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: plot_blocks(ax, a[-1], f"{name}: after the search"))):
-        if searches: figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
-        for ax, s in zip(axs[0], searches) if searches else (): draw(ax, s, arrays(s)["scale_means"], records.lookup(s, "recipe__name"))
+    for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: plot_blocks(ax, a[-1], f"{name}: after the search"))) if searches else ():
+        figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
+        for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], records.lookup(s, "recipe__name"))
     vgg, opt = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg")), first("spread", optimizer="repsgd")
     if vgg and opt: figs[3], figs[5] = figure3(arrays(vgg), arrays(opt)), figure5(arrays(vgg), arrays(opt))
     return figs

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from .csla import CSLA, Block, Identity, equivalent_kernel, init_
+from .csla import CSLA, equivalent_kernel, init_
 from .grad_mult import GradMult, named_branch, rep_branches
 
 # %% ../nbs/01a_scales.ipynb #a756729e

@@ -1,7 +1,4 @@
 """RepOptimizers under DDP and FSDP2, on two real gloo processes."""
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist

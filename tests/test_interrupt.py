@@ -2,7 +2,7 @@
 
 `python tests/test_interrupt.py --kills 20 --out figures` makes the long version and leaves its record.
 """
-import argparse, hashlib, json, os, random, resource, shutil, signal, subprocess, sys, tempfile, time
+import argparse, hashlib, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 

@@ -56,10 +56,13 @@ def test_bad_input_exits_2_and_says_why(module, args, tmp_path):
     assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
 
 
+PAPERMILL = {"04_hyper_search", "05_train_imagenet", "05a_speed", "06_quantization", "07_paper"}
+
+
 def test_notebooks_are_clean_and_in_step_with_the_package():
     for p in (ROOT/"nbs").glob("*.ipynb"):
         nb = json.loads(p.read_text())
         assert all(c.get("execution_count") is None for c in nb["cells"]), p.name
         if any("papermill" in c["metadata"] for c in nb["cells"]): pytest.fail(f"{p.name} was written by papermill")
         tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
-        assert len(tagged) == (p.name[:2] in ("04", "05", "06", "07") and p.stem != "05c_plan"), p.name          # it answers for 05 and is not run by itself
+        assert len(tagged) == (p.stem in PAPERMILL), p.name
