@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['IDENTICAL', 'ORDER', 'QUANTIZED', 'histogram', 'searched', 'plain', 'rep', 'B1', 'qat_as', 'FIELDS', 'ARMS', 'Query',
-           'query', 'metric', 'answer', 'changes', 'label', 'cells', 'table', 'to_csv', 'to_markdown', 'results',
-           'figures', 'write_all']
+           'query', 'metric', 'answer', 'cells', 'table', 'to_csv', 'to_markdown', 'results', 'figures', 'write_all']
 
 # %% ../nbs/07_paper.ipynb #140bdde2
 import csv, io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from .models import count, create_model, figure1, figure2
 from .quantization import figure3, figure5
 from .speed import TABLE3
 from .records import mean_std, paper_table, write_atomic
-from .training import load_recipe
+from .training import changes, label
 
 # %% ../nbs/07_paper.ipynb #15c15293
 IDENTICAL = ("imagenet", "imagenet_se", "imagenet_vgg16", *(f"imagenet_efficientnet_b{i}" for i in range(2, 6)))      # Table 3: identical settings, other nets
@@ -53,27 +52,14 @@ def answer(q: Query, found: list) -> dict:
         if key == "model" and q.stand_in: have = str(have).replace("_digits", "_b1")
         return want(have) if callable(want) else have == want
     rows = [r for r in found if r["experiment"] == q.experiment and r["status"] == "done" and all(fits(r, k, v) for k, v in q.asked) and metric(r, q.metric) is not None]
+    asks = [k.removeprefix("recipe__") for k, _ in q.asked]
     for changed, name in ((c, n) for c in (False, True) for n in q.recipes):
-        if mine := _one_setting([r for r in rows if records.lookup(r, "recipe__name") == name and bool(changes(r, q.asked)) == changed]):
+        if mine := _one_setting([r for r in rows if records.lookup(r, "recipe__name") == name and bool(changes(r["asked"]["recipe"], asks)) == changed]):
             m, s, n = mean_std([metric(r, q.metric) for r in mine])
             if n == 1 and "rounds" in mine[0]["metrics"]: s, n = mine[0]["metrics"].get(f"{q.metric}_std"), mine[0]["metrics"]["rounds"]      # a timing: over the rounds of its one run
             hardware = " + ".join(sorted({r["where"]["hardware"] for r in mine}))
-            return dict(ours=m, std=s, n=n, recipe=label(mine[0], q.asked), hardware=hardware, status="smaller" if changed or name not in q.same else "other hardware" if name == "gpu" and "2080 Ti" not in hardware else "same", record=" ".join(r["id"] for r in mine))
+            return dict(ours=m, std=s, n=n, recipe=label(mine[0]["asked"]["recipe"], asks), hardware=hardware, status="smaller" if changed or name not in q.same else "other hardware" if name == "gpu" and "2080 Ti" not in hardware else "same", record=" ".join(r["id"] for r in mine))
     return dict(ours=None, std=None, n=0, recipe="", hardware="", status="not run", record="")
-
-
-def changes(record, asked=()) -> dict:
-    "{field: value} where a record's recipe is not what the recipe of that name says; the arithmetic, and what a query has `asked`, aside"
-    try: says = asdict(load_recipe(records.lookup(record, "recipe__name")))
-    except ValueError: return {}                                              # gpu, cpu: no recipe but what a speed was measured on
-    free = {"name", "model", "test_epochs", "precision", "compile", "channels_last", *(k.removeprefix("recipe__") for k, _ in asked)}
-    have = record["asked"]["recipe"]
-    return {k: have[k] for k, v in says.items() if k not in free and k in have and have[k] != (list(v) if isinstance(v, tuple) else v)}
-
-
-def label(record, asked=()) -> str:
-    "'cifar', or 'cifar, epochs=8' where that is not the recipe's own"
-    return ", ".join([records.lookup(record, "recipe__name"), *(f"{k}={v}" for k, v in changes(record, asked).items())])
 
 
 def _one_setting(rows):
@@ -198,12 +184,12 @@ def figures(found) -> dict:
     figs = {1: figure1(), 2: figure2(), 4: figure4()}
     def first(experiment, **asked):
         rows = [r for r in found if r["experiment"] == experiment and all(v(records.lookup(r, k)) if callable(v) else records.lookup(r, k) == v for k, v in asked.items()) and Path(r["path"]).with_suffix(".npz").exists()]
-        return min(rows, key=lambda r: (len(changes(r)), QUANTIZED.index(records.lookup(r, "recipe__name")) if records.lookup(r, "recipe__name") in QUANTIZED else 9, records.lookup(r, "seed")), default=None)
+        return min(rows, key=lambda r: (len(changes(r["asked"]["recipe"])), QUANTIZED.index(records.lookup(r, "recipe__name")) if records.lookup(r, "recipe__name") in QUANTIZED else 9, records.lookup(r, "seed")), default=None)
     arrays = lambda r: dict(np.load(Path(r["path"]).with_suffix(".npz")))
     searches = [s for d in ("cifar100", "caltech256") if (s := first("search", data__name=d))] or [s for s in [first("search")] if s]      # the paper's two sets, or what there is
     for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: plot_blocks(ax, a[-1], f"{name}: after the search"))) if searches else ():
         figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
-        for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], label(s))
+        for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], label(s["asked"]["recipe"]))
     vgg, opt = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg")), first("spread", optimizer="repsgd")
     if vgg and opt: figs[3], figs[5] = figure3(arrays(vgg), arrays(opt)), figure5(arrays(vgg), arrays(opt))
     return figs
