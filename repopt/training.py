@@ -515,15 +515,15 @@ def given(namespace: dict, names: str) -> SimpleNamespace:
 
 
 def parameters(namespace: dict, names: str) -> SimpleNamespace:
-    "What an experiment notebook was given, checked. `.recipe` and `.search` become Recipes, `.seeds` a range. ValueError for anything else."
+    "What an experiment notebook was given, checked. `.recipe` and `.search` become Recipes, `.seeds` a range (of None: three on digits, else one). ValueError for anything else."
     p = given(namespace, names)
-    if not isinstance(p.seeds, int) or p.seeds < 1: raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
+    if p.seeds is not None and (not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
     if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
         own = p.search is None and p.recipe.data == "digits"
         p.search = p.recipe if own else Recipe.load(p.search or "cifar", model=p.recipe.model)
-    p.seeds, p.jobs = range(p.seeds), 1 if p.test else 2
+    p.seeds, p.jobs = range(p.seeds or (3 if p.recipe.data == "digits" else 1)), 1 if p.test else 2
     return p
 
 # %% ../nbs/03c_training.ipynb #5301a496
