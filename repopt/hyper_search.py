@@ -126,7 +126,8 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
         torch.manual_seed(0); net = build_model(r.model, "hs", r, d.channels).to(device).train()
         for m in net.modules():
             if isinstance(m, CSLA): m.folded = folded
-        opt, forward, batches = make_optimizer("sgd", net, replace(r, lr=r.lr/10)), compiled(net, r) if r.compile else net, (b for e in itertools.count() for b in d.train.epoch(e))     # no warm-up here, so a tenth of the lr
+        opt = make_optimizer("sgd", net, replace(r, lr=r.lr/10))                # no warm-up here, so a tenth of the lr
+        forward, batches = compiled(net, r) if r.compile else net, (b for e in itertools.count() for b in d.train.epoch(e))
         def once():
             x, y = next(batches)
             if r.channels_last: x = x.contiguous(memory_format=torch.channels_last)
