@@ -27,12 +27,12 @@ def start(build, processes=1, *more, **env):
 
 def finish(build, processes=1, *more, code=0, **env):
     "Run to the end; its output"
-    p = start(build, processes, *more, **env); text = p.communicate(timeout=300)[0]
+    p = start(build, processes, *more, **env); text = p.communicate(timeout=600)[0]
     assert p.returncode == code, text
     return text
 
 
-def until(p, build, phase, timeout=120):
+def until(p, build, phase, timeout=300):
     "Wait until the run says `phase`; False if it ended before"
     deadline = time.time() + timeout
     while time.time() < deadline and p.poll() is None:
@@ -46,7 +46,7 @@ def kill(p, which):
     family = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
     workers = [q for q in family if q.pid != p.pid] or family
     for q in dict(all=family, launcher=family[:1], worker=workers[-1:])[which]: q.send_signal(signal.SIGKILL)
-    p.communicate(timeout=120)
+    p.communicate(timeout=300)
     psutil.wait_procs(family, timeout=60)
 
 
@@ -75,7 +75,7 @@ def drive(folder, kills, processes, seed=0):
         kill(p, chance.choice(["all", "launcher", "worker"]) if processes > 1 else "all")
         hits[was or want] += 1
     text = finish(folder/"killed", processes, *epochs)
-    out = calm.communicate(timeout=300)[0]; assert calm.returncode == 0, out
+    out = calm.communicate(timeout=600)[0]; assert calm.returncode == 0, out
     assert "goes on from step-" in text, text
     return dict(kills=kills, processes=processes, bitwise_equal=same_bits(left(folder/"killed"), left(folder/"calm")), **{f"while_{k}": n for k, n in sorted(hits.items())})
 
@@ -90,7 +90,7 @@ def test_killed_anywhere_it_ends_in_the_same_bits(tmp_path, processes):
 def calm(tmp_path_factory):
     "{processes: what a run of two epochs leaves that nobody disturbed}"
     build = tmp_path_factory.mktemp("calm"); runs = {n: start(build/str(n), n, *TWO) for n in (1, 2)}
-    for p in runs.values(): text = p.communicate(timeout=300)[0]; assert p.returncode == 0, text
+    for p in runs.values(): text = p.communicate(timeout=600)[0]; assert p.returncode == 0, text
     return {n: left(build/str(n)) for n in runs}
 
 
@@ -100,7 +100,7 @@ TWO = ("--set", "epochs=2")
 def test_a_signal_ends_it_with_75_and_the_same_bits(tmp_path, calm, signum, phase, processes):
     more = (*TWO, "--gpus", str(processes))                                  # the launcher takes the signal, its workers save
     p = start(tmp_path, 1, *more); assert until(p, tmp_path, phase)
-    p.send_signal(signum); text = p.communicate(timeout=120)[0]
+    p.send_signal(signum); text = p.communicate(timeout=300)[0]
     assert p.returncode == 75, text
     assert "goes on from step-" in finish(tmp_path, 1, *more) and same_bits(left(tmp_path), calm[processes])
 
@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_serves(tmp_path,
         newest = checkpoint.steps(next(build.glob("runs/*")))[0][1]; harm(newest)
         runs[build, newest.name] = start(build, 1, *TWO)
     for (build, name), p in runs.items():
-        text = p.communicate(timeout=300)[0]
+        text = p.communicate(timeout=600)[0]
         assert p.returncode == 0 and f"{name}" in text and "going on from the one before it" in text and "goes on from step-" in text, text
         assert same_bits(left(build), calm[1]) and not list(build.glob("runs/*/executed"))
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_said_and_room_made_it_ends_in_the_same_bits(tmp_path, ca
 def test_two_processes_of_16_are_one_of_32(tmp_path):
     "A net without batch norm, in double precision: it learns, and the two end together"
     runs = {n: start(tmp_path/str(n), n, "--set", "epochs=3", "--set", "lr=2.", NET="plain") for n in (1, 2)}
-    for p in runs.values(): text = p.communicate(timeout=300)[0]; assert p.returncode == 0, text
+    for p in runs.values(): text = p.communicate(timeout=600)[0]; assert p.returncode == 0, text
     (one, _, rows, _), (two, _, rows2, _) = (left(tmp_path/str(n)) for n in (1, 2))
     apart = max(((one[k] - two[k]).norm()/one[k].norm()).item() for k in one)
     print(f"2 x 16 and 1 x 32: {apart:.1e} apart, loss {rows[0]['train_loss']:.3f} -> {rows[-1]['train_loss']:.3f}")
