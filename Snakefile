@@ -6,24 +6,39 @@
 #   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
 #   snakemake --profile profiles/slurm figures --config recipe=imagenet data=/data
 from pathlib import Path
+import yaml
 
 ROOT = Path(workflow.basedir)
 RECIPE, SEEDS, DATA, EPOCHS = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", ""), config.get("epochs", "")
 ALL = workflow.resource_settings.cores or 2                                # on a cluster profiles/slurm says how many
 OUT = Path(config.get("out", "figures")).absolute()
-FLOORS = "csla grad_mult scales optim models data records checkpoint distributed training speed plan".split()
+FLOORS = "csla grad_mult scales optim models repghost data records checkpoint distributed training speed plan".split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
 
 
+def search(wildcards):
+    "The recipe by which the scales of a recipe's net are searched: digits on digits, else CIFAR-100, as 05 has it"
+    return "digits" if wildcards.recipe == "digits" else "cifar"
+
+
 def recipes(wildcards):
     "What the notebooks of a recipe read: its own file, and that of the search it builds on"
-    return sorted({f"repopt/assets/recipes/{n}.yaml" for n in (wildcards.recipe, "digits" if wildcards.recipe == "digits" else "cifar")})
+    return sorted({f"repopt/assets/recipes/{n}.yaml" for n in (wildcards.recipe, search(wildcards))})
 
 
-PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout -p recipe {wildcards.recipe} -p seeds {params.seeds} -p out {params.out}"
-             + (f" -p data {Path(DATA).absolute()}" if DATA else "") + (f" -p epochs {EPOCHS}" if EPOCHS else ""))
+def searched(wildcards):
+    "04's own parameters: the search's recipe, for the net that is to be trained; `epochs` are the search's where both have one recipe"
+    model = yaml.safe_load((ROOT/"repopt"/"assets"/"recipes"/f"{wildcards.recipe}.yaml").read_text())["model"]
+    return f"-p recipe {search(wildcards)} -p model {model}" + (f" -p epochs {EPOCHS}" if EPOCHS and search(wildcards) == wildcards.recipe else "")
+
+
+def trained(wildcards): return f"-p recipe {wildcards.recipe}" + (f" -p epochs {EPOCHS}" if EPOCHS else "")
+
+
+PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout {params.asked} -p seeds {params.seeds} -p out {params.out}"
+             + (f" -p data {Path(DATA).absolute()}" if DATA else ""))
 
 
 rule figures:
@@ -34,7 +49,7 @@ rule hyper_search:
     input: recipes, modules("hyper_search"), notebook="nbs/04_hyper_search.ipynb"
     output: touch("build/marks/{recipe}/04_hyper_search.done")
     log: "build/notebooks/{recipe}/04_hyper_search.ipynb"
-    params: notebook="04_hyper_search", seeds=SEEDS, out=OUT
+    params: notebook="04_hyper_search", asked=searched, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -43,7 +58,7 @@ rule train:
     input: recipes, modules(), "build/marks/{recipe}/04_hyper_search.done", notebook="nbs/05_train_imagenet.ipynb"
     output: touch("build/marks/{recipe}/05_train_imagenet.done")
     log: "build/notebooks/{recipe}/05_train_imagenet.ipynb"
-    params: notebook="05_train_imagenet", seeds=SEEDS, out=OUT
+    params: notebook="05_train_imagenet", asked=trained, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -52,7 +67,7 @@ rule quantize:
     input: recipes, modules("quantization"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
-    params: notebook="06_quantization", seeds=SEEDS, out=OUT
+    params: notebook="06_quantization", asked=trained, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -61,5 +76,5 @@ rule paper:
     input: recipes, modules("hyper_search", "quantization", "report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
-    params: notebook="07_paper", seeds=SEEDS, out=OUT
+    params: notebook="07_paper", asked=trained, seeds=SEEDS, out=OUT
     shell: PAPERMILL

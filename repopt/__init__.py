@@ -9,7 +9,8 @@ _HOME = {name: module for module, names in {
     "scales": "Scales extract_scales load_scales",
     "optim": "RepASGD RepAdadelta RepAdagrad RepAdam RepAdamW RepAdamax RepLion RepNAdam RepOptimizer RepRAdam RepRMSprop RepRprop RepSGD "
              "attach check_equivalence clip_grad_norm_ param_groups rep_optimizer",
-    "models": "create_model initial_scales merge to_branches",
+    "models": "merge to_branches",
+    "repghost": "create_model initial_scales",                               # those of models, with every family of nets
     "training": "Recipe Run run run_all",
     "hyper_search": "eligible search to_hyper_search",
     "quantization": "export_int8 quantize quantize_aware",

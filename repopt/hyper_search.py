@@ -108,7 +108,7 @@ def plot_epochs(ax, means, block: int, title: str = "") -> None:
 
 def last_of_stage3(model: str) -> int:
     "The index of the block that Fig. 6 follows: the last of the third stage, counted from the stem"
-    with torch.device("meta"): return sum(create_model(model).shape.depths[:3])
+    with torch.device("meta"): return sum(create_model(model).stages[:4]) - 1
 
 # %% ../nbs/04_hyper_search.ipynb #1b2c3d4e
 def block_means(scales) -> np.ndarray:

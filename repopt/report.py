@@ -32,7 +32,7 @@ class Query:
     metric: str
     asked: tuple = ()
     same: tuple = ("imagenet",)
-    stand_in: bool = False       # may the digits net stand for B1?
+    stand_in: bool = False       # may the digits net stand for B1 (or the GhostNet for width 0.5)?
     recipes: tuple = ORDER
 
 
@@ -49,7 +49,7 @@ def answer(q: Query, found: list) -> dict:
     "{'ours', 'std', 'n', 'recipe', 'hardware', 'status', 'record'} of a query on records"
     def fits(r, key, want):
         have = records.lookup(r, key)
-        if key == "model" and q.stand_in: have = str(have).replace("_digits", "_b1")
+        if key == "model" and q.stand_in: have = str(have).replace("_digits", "_050" if "ghost" in str(have) else "_b1")
         return want(have) if callable(want) else have == want
     rows = [r for r in found if r["experiment"] == q.experiment and r["status"] == "done" and all(fits(r, k, v) for k, v in q.asked) and metric(r, q.metric) is not None]
     asks = [k.removeprefix("recipe__") for k, _ in q.asked]
@@ -119,6 +119,9 @@ def cells(table: int) -> dict:
             stage = "kernel" if "Opt" in row else row.split(", ")[1]
             for column in ("Overall", "Central", "Surrounding"):
                 out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", **int8, model="repoptvgg_b1" if "Opt" in row else "repvgg_b1", **(dict(optimizer="repsgd") if "Opt" in row else {}))
+    if table == 12:
+        kinds = {"RepGhostNet-0.5x": dict(model="repghostnet_050", **plain), "RepOpt-GhostNet-0.5x": dict(model="repoptghostnet_050", **rep, scales_from=searched)}
+        out = {(row, "Top-1"): query("train", "top1", ("imagenet_ghost",), recipes=("imagenet_ghost", *ORDER), **small, **kinds[row]) for row in paper_table(12)}
     return out
 
 # %% ../nbs/07_paper.ipynb #ac5f5b48

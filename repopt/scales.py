@@ -156,17 +156,17 @@ Scales.load = staticmethod(_load)
 
 # %% ../nbs/01a_scales.ipynb #e60db1bc
 def from_released(path, arch: str = "") -> Scales:
-    "The authors' RepOpt-VGG scales (`*-scales.pth`). ValueError for a file that carries code or holds anything else."
+    "The authors' RepOpt-VGG or RepOpt-GhostNet scales (`*scales.pth`). ValueError for a file that carries code or holds anything else."
     try: d = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as plain tensors; it carries a pickle or is no torch file: {str(e).splitlines()[0]}") from None
     d = d.get("model", d) if isinstance(d, dict) else {}
-    names, out, wrong = dict(scale_conv="conv", scale_1x1="conv_1x1", scale_identity="identity"), {}, []
+    names, out, wrong = {"scale_conv": "conv", "scale_1x1": "conv_1x1", "scale_identity": "identity", "cheap_operation.1": "conv", "fusion_scale": "identity"}, {}, []
     for k, s in d.items():
-        m = re.fullmatch(r"(stage\d+(?:\.\d+)?)\.(scale_conv|scale_1x1|scale_identity)\.weight", str(k))
+        m = re.fullmatch(rf"(stage\d+(?:\.\d+)?|blocks\.\d+\.\d+\.ghost[12])\.({'|'.join(map(re.escape, names))})\.weight", str(k))
         if m and isinstance(s, Tensor): out.setdefault(f"{m[1]}.conv.weight", {})[names[m[2]]] = s
         else: wrong.append(str(k))
-    _raise(f"{path} holds entries that are no scales of a RepOpt-VGG", wrong if d else ["(it is empty)"])
+    _raise(f"{path} holds entries that are no scales of a RepOpt-VGG or RepOpt-GhostNet", wrong if d else ["(it is empty)"])
     return Scales({p: out[p] for p in sorted(out, key=natural)}, arch=arch, recipe="released")
 
 Scales.from_released = staticmethod(from_released)

@@ -27,7 +27,7 @@ from . import checkpoint, records
 from .csla import CSLA
 from .data import AUGMENTS, generator, load_data
 from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
-from .models import create_model, initial_scales
+from .repghost import create_model, initial_scales                      # those of `models`, with RepGhostNets too
 from .optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups
 from .scales import Scales, extract_scales
 
@@ -123,16 +123,17 @@ def lr_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 # %% ../nbs/03c_training.ipynb #95f8ba77
 OPTIMIZERS = dict(
-    sgd=lambda g, r, s: torch.optim.SGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=True),
-    repsgd=lambda g, r, s: RepSGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, scales=s),
-    adamw=lambda g, r, s: torch.optim.AdamW(g, lr=r.lr, fused=True),
-    repadamw=lambda g, r, s: RepAdamW(g, lr=r.lr, scales=s))
+    sgd=lambda g, r: torch.optim.SGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=True),
+    repsgd=lambda g, r, **rep: RepSGD(g, lr=r.lr, momentum=r.momentum, nesterov=r.nesterov, **rep),
+    adamw=lambda g, r: torch.optim.AdamW(g, lr=r.lr, fused=True),
+    repadamw=lambda g, r, **rep: RepAdamW(g, lr=r.lr, **rep))
 
 def make_optimizer(name: str, model: nn.Module, recipe: Recipe, scales=None):
     "The optimizer `name` over `param_groups(model)`. ValueError for an unknown one, or for a RepOptimizer without scales."
     if name not in OPTIMIZERS: raise ValueError(f"unknown optimizer {name!r}: there are {', '.join(OPTIMIZERS)}")
     if name.startswith("rep") and scales is None: raise ValueError(f"{name} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
-    return OPTIMIZERS[name](param_groups(model, recipe.weight_decay), recipe, scales)
+    rep = dict(scales=scales, plain=getattr(model, "plain", ())) if name.startswith("rep") else {}
+    return OPTIMIZERS[name](param_groups(model, recipe.weight_decay), recipe, **rep)
 
 # %% ../nbs/03c_training.ipynb #bf6f26fb
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -343,7 +344,7 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(asked["seed"], "init").initial_seed())
         model = build_model(asked["model"], asked["mode"], recipe, data.channels, scales if asked["mode"] == "csla" else None)
-        if asked["reinitialize"]: scales.reinitialize_(model, identity=recipe.identity, init=recipe.init)
+        if asked["reinitialize"]: scales.reinitialize_(model, identity=recipe.identity, init=recipe.init, plain=getattr(model, "plain", ()))
     model.to(device)
     opt = make_optimizer(asked["optimizer"], model, recipe, scales)
     state = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
@@ -521,8 +522,8 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
     if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
-        own = p.search is None and p.recipe.data == "digits"
-        p.search = p.recipe if own else Recipe.load(p.search or "cifar", model=p.recipe.model)
+        own, cifar = p.search is None and p.recipe.data == "digits", "cifar_ghost" if "ghost" in p.recipe.model else "cifar"
+        p.search = p.recipe if own else Recipe.load(p.search or cifar, model=p.recipe.model)
     p.seeds, p.jobs = range(p.seeds or (3 if p.recipe.data == "digits" else 1)), 1 if p.test else 2
     return p
 

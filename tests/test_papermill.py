@@ -1,5 +1,5 @@
 """The notebooks as papermill runs them: a misspelt parameter stops at once, and a notebook killed half way goes on."""
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil
@@ -43,3 +43,10 @@ def test_killed_half_way_goes_on(tmp_path, monkeypatch):
     record = json.loads(next(records.glob("runs/search-digits-*.json")).read_text())
     assert len(record["epochs"]) == 8 and record["status"] == "done"
     assert "goes on from step-" in (tmp_path/"out.ipynb").read_text()
+
+
+def test_the_graph_for_imagenet_searches_on_cifar():
+    "A dry run of the graph: the net that ImageNet is to train is searched by the recipe that 05 takes its scales from"
+    said = subprocess.run([Path(sys.executable).parent/"snakemake", "--profile", "profiles/local", "-n", "-p", "--config", "recipe=imagenet", "data=/data"], cwd=ROOT, capture_output=True, text=True)
+    lines = [l for l in (said.stdout + said.stderr).splitlines() if "papermill nbs/" in l]
+    assert [re.findall(r"-p (recipe|model) (\S+)", l) for l in lines] == [[("recipe", "cifar"), ("model", "repoptvgg_b1")], *[[("recipe", "imagenet")]]*3], said.stdout + said.stderr
