@@ -7,12 +7,12 @@ __all__ = ['GROUPS', 'WIDTHS', 'FAMILIES', 'norm', 'GhostModule', 'reparameteriz
            'reset_classifier', 'fuse', 'initial', 'plain', 'stages']
 
 # %% ../nbs/02a_repghost.ipynb #5def9906
+from math import sqrt
 import torch
 import torch.nn.functional as F
-from math import sqrt
 from torch import nn
-from .models import FAMILIES, MODES, SE, Family, create_model, fused, initial_scales
 from .csla import Identity
+from .models import FAMILIES, MODES, SE, Family, create_model, fused, initial_scales
 from .scales import Scales
 
 # %% ../nbs/02a_repghost.ipynb #0def3c68
@@ -49,9 +49,9 @@ def reparameterize(self):
 GhostModule.reparameterize = reparameterize
 
 # %% ../nbs/02a_repghost.ipynb #7059a961
-def channels(c: float, least: int = 4) -> int:
+def channels(c: float) -> int:
     "The multiple of 4 nearest to `c`, less than `c` by a tenth at most"
-    n = max(least, int(c + 2)//4*4)
+    n = max(4, int(c + 2)//4*4)
     return n + 4 if n < .9*c else n
 
 
