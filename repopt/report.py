@@ -189,8 +189,9 @@ def figures(found) -> dict:
         rows = [r for r in found if r["experiment"] == experiment and all(v(records.lookup(r, k)) if callable(v) else records.lookup(r, k) == v for k, v in asked.items()) and Path(r["path"]).with_suffix(".npz").exists()]
         return min(rows, key=lambda r: (len(changes(r["asked"]["recipe"])), not records.lookup(r, "model").endswith("_b1"), QUANTIZED.index(records.lookup(r, "recipe__name")) if records.lookup(r, "recipe__name") in QUANTIZED else 9, records.lookup(r, "seed")), default=None)
     arrays = lambda r: dict(np.load(Path(r["path"]).with_suffix(".npz")))
-    sets = {records.lookup(r, "data__name") for r in found if r["experiment"] == "search"}
-    searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d)) if (s := first("search", data__name=d))]      # the paper's two sets, then others
+    vggs = lambda model: model.startswith("repoptvgg")
+    sets = {records.lookup(r, "data__name") for r in found if r["experiment"] == "search" and vggs(records.lookup(r, "model"))}
+    searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d)) if (s := first("search", data__name=d, model=vggs))]      # the paper's two sets, then others
     for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: plot_blocks(ax, a[-1], f"{name}: after the search"))) if searches else ():
         figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
         for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], label(s["asked"]["recipe"]))

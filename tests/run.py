@@ -32,9 +32,10 @@ def notebooks(jobs):
     return len(want - failed), len(failed)
 
 
-def pytests():
-    "(passed, failed) of pytest over tests/"
-    rc, out = stream(sys.executable, "-m", "pytest", "-q", "tests")
+def pytests(jobs):
+    "(passed, failed) of pytest over tests/, whole files at a time; Slurm's, the longest, first"
+    files = sorted((ROOT/"tests").glob("test_*.py"), key=lambda p: p.stem != "test_slurm")
+    rc, out = stream(sys.executable, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "12", *files)
     count = lambda word: sum(map(int, re.findall(rf"(\d+) {word}", out.strip().splitlines()[-1])))
     passed, failed = count("passed"), count("failed") + count("error")
     return passed, failed + (rc != 0 and failed == 0)
@@ -43,8 +44,9 @@ def pytests():
 if __name__ == "__main__":
     os.environ["REPOPT_BUILD"] = tempfile.mkdtemp(prefix="repopt-test-")     # notebooks share their short runs; nothing is found from before
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--jobs", type=int, default=2, help="notebooks at a time")
-    start, counts = time.time(), [notebooks(args.parse_args().jobs), pytests()]
+    args.add_argument("--jobs", type=int, default=2, help="notebooks, and then files of tests/, at a time")
+    jobs, start = args.parse_args().jobs, time.time()
+    counts = [notebooks(jobs), pytests(jobs)]
     passed, failed = map(sum, zip(*counts))
     print(f"{time.time() - start:.0f} s\n{passed} passed, {failed} failed")
     sys.exit(1 if failed or not passed else 0)
