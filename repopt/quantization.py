@@ -413,8 +413,18 @@ def _session(path, threads=None):
 
 
 def _write_onnx(graph, x, path):
+    "Write `graph`, which takes batches like `x`, as ONNX; each DequantizeLinear with a zero point of its own, since ONNX Runtime cannot turn int8 weights that share one into uint8"
+    import onnx
     with _quietly(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        torch.onnx.export(graph, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False).save(str(path))
+        model = torch.onnx.export(graph, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False).model_proto
+    values, taken = {v.name: v for v in model.graph.initializer}, set()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[2] not in values: continue
+        zero = node.input[2]
+        if zero in taken:
+            model.graph.initializer.append(values[zero]); node.input[2] = model.graph.initializer[-1].name = f"{zero}_{node.output[0]}"
+        taken.add(zero)
+    onnx.save(model, str(path))
 
 # %% ../nbs/06_quantization.ipynb #01479f45
 def export_int8(model: Quantized, path, test=None, tolerance: float = .1) -> dict:
