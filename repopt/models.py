@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODES', 'FAMILIES', 'Shape', 'SE', 'ConvBlock', 'RepVGGBlock', 'fused', 'branch_kernels', 'reparameterize',
-           'VGG', 'to_branches', 'merge', 'Family', 'create_model', 'initial_scales', 'count', 'kernel_distance',
+           'Net', 'VGG', 'to_branches', 'merge', 'Family', 'create_model', 'initial_scales', 'count', 'kernel_distance',
            'draw_block', 'figure2', 'figure1']
 
 # %% ../nbs/02_models.ipynb #b1492eff
@@ -102,11 +102,28 @@ def reparameterize(self):
 
 RepVGGBlock.branch_kernels, RepVGGBlock.reparameterize = branch_kernels, reparameterize
 
-# %% ../nbs/02_models.ipynb #08b254d6
-class VGG(nn.Module):
-    "The stack; `block` makes one layer. The surface is timm's: `forward_features`, `forward_head`, `reset_classifier`, `num_features`."
-    plain = ()                                                               # kernels without scales: none
+# %% ../nbs/02_models.ipynb #5e7f00d1
+class Net(nn.Module):
+    "What the nets share, timm's surface: `forward_features`, `forward_head`, `num_features` and these; `linear` is the classifier, `plain` names the kernels that can have no scales."
+    plain = ()
 
+    def forward(self, x): return self.forward_head(self.forward_features(x))
+    def get_classifier(self): return self.linear
+
+    def reset_classifier(self, num_classes: int):
+        "A new, freshly initialised Linear for another number of classes"
+        self.num_classes, old = num_classes, self.linear.weight
+        self.linear = nn.Linear(self.num_features, num_classes).to(old)
+
+    def reparameterize(self) -> "Net":
+        "Fuse every block that has branches, in place; a plain net has nothing to fuse."
+        for m in [*self.modules()][1:]:
+            if hasattr(m, "reparameterize"): m.reparameterize()
+        return self
+
+# %% ../nbs/02_models.ipynb #08b254d6
+class VGG(Net):
+    "The stack; `block` makes one layer."
     def __init__(self, shape: Shape, block, num_classes=1000, in_chans=3, strides=None, se=False, arch="", device=None):
         super().__init__()
         strides, cin = strides or shape.strides, shape.stem
@@ -129,20 +146,6 @@ class VGG(nn.Module):
     def forward_head(self, x, pre_logits: bool = False):
         x = x.mean((2, 3))
         return x if pre_logits else self.linear(x)
-
-    def forward(self, x): return self.forward_head(self.forward_features(x))
-    def get_classifier(self): return self.linear
-
-    def reset_classifier(self, num_classes: int):
-        "A new, freshly initialised Linear for another number of classes"
-        self.num_classes, old = num_classes, self.linear.weight
-        self.linear = nn.Linear(self.num_features, num_classes).to(old)
-
-    def reparameterize(self) -> "VGG":
-        "Fuse every RepVGG block in place; a plain net has nothing to fuse."
-        for m in list(self.modules()):
-            if isinstance(m, RepVGGBlock): m.reparameterize()
-        return self
 
 # %% ../nbs/02_models.ipynb #bdb7683e
 def to_branches(model: nn.Module, scales: Scales, trainable: bool = False, **kwargs) -> nn.Module:
@@ -182,7 +185,7 @@ FAMILIES = dict(repoptvgg=Family(_vgg(ConvBlock), SHAPES), repvgg=Family(_vgg(Re
 
 # %% ../nbs/02_models.ipynb #b9a1f586
 def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_chans: int = 3, strides=None, se: bool = False,
-                 init: str = "msra", scales=None, folded: bool = True) -> nn.Module:
+                 init: str = "msra", scales=None, folded: bool = True) -> Net:
     """A net of one of the FAMILIES: `repoptvgg_<shape>` as `target`, `csla` or `hs`, or `repvgg_<shape>`, freshly initialised (`init='msra'` or `'torch'`).
 
     `…_se` or `se=True`: SE blocks. `strides`: five numbers; an hs model keeps its identities where the *target* of this name has one, whatever strides it is given (Table 6).

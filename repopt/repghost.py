@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'WIDTHS', 'FAMILIES', 'norm', 'GhostModule', 'reparameterize', 'channels', 'Bottleneck', 'GhostNet',
-           'reset_classifier', 'fuse', 'initial', 'plain', 'stages']
+           'initial', 'plain', 'stages']
 
 # %% ../nbs/02a_repghost.ipynb #5def9906
 from math import sqrt
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .csla import Identity
-from .models import FAMILIES, MODES, SE, Family, create_model, fused, initial_scales
+from .models import FAMILIES, MODES, SE, Family, Net, create_model, fused, initial_scales
 from .scales import Scales
 
 # %% ../nbs/02a_repghost.ipynb #0def3c68
@@ -77,8 +77,8 @@ GROUPS = (((3, 8, 16, False, 1),),
           ((5, 336, 160, True, 2),), ((5, 480, 160, False, 1), (5, 480, 160, True, 1), (5, 480, 160, False, 1), (5, 480, 160, True, 1)))
 
 
-class GhostNet(nn.Module):
-    "RepGhostNet (`fusion`) or RepOpt-GhostNet at `width`; `strides`: of the stem and of the four groups that shrink. The surface is that of `models.VGG`."
+class GhostNet(Net):
+    "RepGhostNet (`fusion`) or RepOpt-GhostNet at `width`; `strides`: of the stem and of the four groups that shrink."
     def __init__(self, width: float, fusion: bool, num_classes=1000, in_chans=3, strides=(2, 2, 2, 2, 2), arch="", device=None):
         super().__init__()
         self.arch, self.num_classes, self.num_features = arch, num_classes, 1280
@@ -101,24 +101,6 @@ class GhostNet(nn.Module):
     def forward_head(self, x, pre_logits: bool = False):
         x = F.relu(self.head(x.mean((2, 3))))
         return x if pre_logits else self.linear(self.drop(x))
-
-    def forward(self, x): return self.forward_head(self.forward_features(x))
-    def get_classifier(self): return self.linear
-
-# %% ../nbs/02a_repghost.ipynb #288c8a10
-def reset_classifier(self, num_classes: int):
-    "A new, freshly initialised Linear for another number of classes"
-    self.num_classes, old = num_classes, self.linear.weight
-    self.linear = nn.Linear(self.num_features, num_classes).to(old)
-
-
-def fuse(self) -> GhostNet:
-    "Fuse every RepGhost module in place; RepOpt-GhostNet has nothing to fuse."
-    for m in self.modules():
-        if isinstance(m, GhostModule): m.reparameterize()
-    return self
-
-GhostNet.reset_classifier, GhostNet.reparameterize = reset_classifier, fuse
 
 # %% ../nbs/02a_repghost.ipynb #1a43768a
 def initial(self, how: str = "sqrt2l") -> Scales:
