@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(workflow.basedir)
 RECIPE, SEEDS, DATA, EPOCHS = config.get("recipe", "digits"), config.get("seeds", 5), config.get("data", ""), config.get("epochs", "")
+SEARCH = config.get("search", "")
 ALL = workflow.resource_settings.cores or 2                                # on a cluster profiles/slurm says how many
 OUT = Path(config.get("out", "figures")).absolute()
 FLOORS = "csla grad_mult scales optim models repghost data records checkpoint distributed training speed plan".split()
@@ -19,8 +20,8 @@ def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
 
 
 def search(wildcards):
-    "The recipe by which the scales of a recipe's net are searched: digits on digits, else CIFAR-100, as 05 has it"
-    return "digits" if wildcards.recipe == "digits" else "cifar"
+    "The recipe by which the scales of a recipe's net are searched: digits on digits, else CIFAR-100"
+    return SEARCH or ("digits" if wildcards.recipe == "digits" else "cifar")
 
 
 def recipes(wildcards):
@@ -28,13 +29,21 @@ def recipes(wildcards):
     return sorted({f"repopt/assets/recipes/{n}.yaml" for n in (wildcards.recipe, search(wildcards))})
 
 
-def searched(wildcards):
-    "04's own parameters: the search's recipe, for the net that is to be trained; `epochs` are the search's where both have one recipe"
+def own(wildcards): return search(wildcards) == wildcards.recipe             # then epochs are the search's too
+
+
+def given(**parameters): return " ".join(f"-p {k} {v}" for k, v in parameters.items() if v)
+
+
+def searching(wildcards):
     model = yaml.safe_load((ROOT/"repopt"/"assets"/"recipes"/f"{wildcards.recipe}.yaml").read_text())["model"]
-    return f"-p recipe {search(wildcards)} -p model {model}" + (f" -p epochs {EPOCHS}" if EPOCHS and search(wildcards) == wildcards.recipe else "")
+    return given(recipe=search(wildcards), model=model, epochs=own(wildcards) and EPOCHS)
 
 
-def trained(wildcards): return f"-p recipe {wildcards.recipe}" + (f" -p epochs {EPOCHS}" if EPOCHS else "")
+def training(wildcards): return given(recipe=wildcards.recipe, epochs=EPOCHS, search=not own(wildcards) and search(wildcards))
+
+
+def telling(wildcards): return given(recipe=wildcards.recipe, epochs=EPOCHS)
 
 
 PAPERMILL = ("papermill nbs/{params.notebook}.ipynb {log} --cwd nbs --log-level ERROR --no-progress-bar --stdout-file /dev/stdout {params.asked} -p seeds {params.seeds} -p out {params.out}"
@@ -49,7 +58,7 @@ rule hyper_search:
     input: recipes, modules("hyper_search"), notebook="nbs/04_hyper_search.ipynb"
     output: touch("build/marks/{recipe}/04_hyper_search.done")
     log: "build/notebooks/{recipe}/04_hyper_search.ipynb"
-    params: notebook="04_hyper_search", asked=searched, seeds=SEEDS, out=OUT
+    params: notebook="04_hyper_search", asked=searching, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -58,7 +67,7 @@ rule train:
     input: recipes, modules(), "build/marks/{recipe}/04_hyper_search.done", notebook="nbs/05_train_imagenet.ipynb"
     output: touch("build/marks/{recipe}/05_train_imagenet.done")
     log: "build/notebooks/{recipe}/05_train_imagenet.ipynb"
-    params: notebook="05_train_imagenet", asked=trained, seeds=SEEDS, out=OUT
+    params: notebook="05_train_imagenet", asked=training, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -67,7 +76,7 @@ rule quantize:
     input: recipes, modules("quantization"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
-    params: notebook="06_quantization", asked=trained, seeds=SEEDS, out=OUT
+    params: notebook="06_quantization", asked=training, seeds=SEEDS, out=OUT
     threads: ALL
     shell: PAPERMILL
 
@@ -76,5 +85,5 @@ rule paper:
     input: recipes, modules("hyper_search", "quantization", "report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
-    params: notebook="07_paper", asked=trained, seeds=SEEDS, out=OUT
+    params: notebook="07_paper", asked=telling, seeds=SEEDS, out=OUT
     shell: PAPERMILL

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import records
 from .csla import CSLA
 from .data import load_data
-from .models import ConvBlock, RepVGGBlock, create_model
+from .models import ConvBlock, RepVGGBlock, create_model, fuse_norm
 from .speed import interleaved, quartiles
 from .training import Recipe, Run, build_folder, evaluate, load_weights, resolve
 
@@ -289,8 +289,7 @@ def stages_of_fusion(block: nn.Module) -> dict:
     if isinstance(block, RepVGGBlock):
         parts = {n: W for n, (W, _) in block.branch_kernels().items()}
         return {"before fusing BN": block.conv3[0].weight.detach(), "after fusing BN": parts["conv"], "after branch addition": sum(parts.values())}
-    gain = (block.bn.weight/(block.bn.running_var + block.bn.eps).sqrt()).detach()
-    return {"kernel": block.conv.weight.detach(), "kernel, BN folded": block.conv.weight.detach()*gain.reshape(-1, 1, 1, 1)}
+    return {"kernel": block.conv.weight.detach(), "kernel, BN folded": fuse_norm(block.conv.weight, block.bn)[0].detach()}
 
 # %% ../nbs/06_quantization.ipynb #16c8012d
 @torch.no_grad()
@@ -405,9 +404,9 @@ def _engine():
 
 
 def _session(path, threads=None):
-    "`x -> logits` of an ONNX file, on numpy arrays; integer sums that cannot overflow on any CPU"
+    "`x -> logits` of an ONNX file, on numpy arrays"
     ort = _engine(); options = ort.SessionOptions(); options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", "1")        # integer sums that cannot overflow on any CPU
     s = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]); name = s.get_inputs()[0].name
     return lambda x: s.run(None, {name: x})[0]
 

@@ -40,14 +40,14 @@ def test_every_rule_equals_explicit_branches(cls, groups, kernel, stride, wider,
     assert (a - b).norm() <= 1e-9*b.norm(), (cls.__name__, float((a - b).norm()/b.norm()))
 
 
-def golden_losses():
-    "100 losses of RepSGD in float64. All that chance decides is drawn uniformly: normal draws differ in their last bits from one kind of CPU to another"
+def golden_losses(scaled=1.):
+    "100 losses of RepSGD, its scales times `scaled`, in float64. All that chance decides is drawn uniformly: normal draws differ in their last bits from one kind of CPU to another"
     torch.manual_seed(0)
     layer = lambda c, o, stride: [nn.Conv2d(c, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     model = nn.Sequential(*layer(1, 8, 1), *layer(8, 8, 1), *layer(8, 16, 2), *layer(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).double()
     scales = Scales.initial(model)
     scales.reinitialize_(model, torch.Generator().manual_seed(0), init="torch")
-    opt, losses = RepSGD(param_groups(model, 4e-5), lr=.05, momentum=.9, nesterov=True, scales=scales), []
+    opt, losses = RepSGD(param_groups(model, 4e-5), lr=.05, momentum=.9, nesterov=True, scales=scales.map(lambda s: s*scaled)), []
     for _ in range(100):
         x, y = torch.rand(32, 1, 8, 8, dtype=torch.float64), torch.randint(10, (32,))
         opt.zero_grad(); loss = F.cross_entropy(model(x), y); loss.backward(); opt.step(); losses.append(loss.item())
@@ -55,8 +55,10 @@ def golden_losses():
 
 
 def test_golden_trajectory():
-    "The losses of the file to 1e-10, on any CPU; scales off by a millionth would move them by 2e-4. `python tests/test_optim.py` writes the file anew"
-    assert golden_losses() == pytest.approx([float.fromhex(v) for v in GOLDEN.read_text().split()], rel=1e-10)
+    "The losses of the file to 1e-10, on any CPU; with scales off by a millionth, not even to 1e-6. `python tests/test_optim.py` writes the file anew"
+    want = [float.fromhex(v) for v in GOLDEN.read_text().split()]
+    assert golden_losses() == pytest.approx(want, rel=1e-10)
+    assert golden_losses(1 + 1e-6) != pytest.approx(want, rel=1e-6)
 
 
 def test_without_a_compiler_one_warning_and_the_same_step(tmp_path):
