@@ -5,6 +5,7 @@
 #   snakemake --profile profiles/local            the digits recipe, five seeds
 #   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
 #   snakemake --profile profiles/slurm figures --config recipe=imagenet data=/data
+# `search` names the recipe that finds the scales where it is not to be digits (of digits) or cifar (of the others); `epochs` are the recipe's own, cut short.
 from pathlib import Path
 import yaml
 

@@ -30,18 +30,18 @@ def test_missing_data(tmp_path):
 def test_killed_half_way_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("REPOPT_SAVE_SECONDS", "0.3")
     build, records = tmp_path/"build", tmp_path/"figures"
-    asked = ("epochs", "8", "seeds", "1", "out", str(records))
-    p = papermill("04_hyper_search.ipynb", tmp_path/"out.ipynb", build, *asked)
+    asked = ("epochs", "8", "seeds", "2", "arms", "searched", "out", str(records))                        # two searches at a time, in workers
+    p = papermill("05_train_imagenet.ipynb", tmp_path/"out.ipynb", build, *asked)
     deadline = time.time() + 120
     while not list(build.glob("runs/*/step-*.sha256")) and time.time() < deadline: time.sleep(.02)
-    for q in [*psutil.Process(p.pid).children(recursive=True), p]: q.send_signal(signal.SIGKILL)   # papermill and its kernel
+    for q in [*psutil.Process(p.pid).children(recursive=True), p]: q.send_signal(signal.SIGKILL)   # papermill, its kernel and the workers
     p.wait(60)
     assert not list(records.glob("runs/*.json")) and list(build.glob("runs/*/step-*.pt"))
-    p = papermill("04_hyper_search.ipynb", tmp_path/"out.ipynb", build, *asked)
+    p = papermill("05_train_imagenet.ipynb", tmp_path/"out.ipynb", build, *asked)
     text = p.communicate(timeout=600)[0]
     assert p.returncode == 0, text
-    record = json.loads(next(records.glob("runs/search-digits-*.json")).read_text())
-    assert len(record["epochs"]) == 8 and record["status"] == "done"
+    found = [json.loads(f.read_text()) for kind in ("search", "train") for f in records.glob(f"runs/{kind}-digits-*.json")]
+    assert [(r["experiment"], len(r["epochs"]), r["status"]) for r in found] == [("search", 8, "done")]*2 + [("train", 8, "done")]*2
     assert "goes on from step-" in (tmp_path/"out.ipynb").read_text()
 
 
