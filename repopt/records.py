@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'EXPERIMENTS', 'run_id', 'where', 'make_record', 'write_atomic', 'write', 'lookup', 'load_all', 'find',
-           'mean_std', 'paper_table', 'main']
+           'mean_std', 'BrokenOff', 'one_line', 'command_line', 'Parser', 'unknown', 'writable', 'paper_table', 'main']
 
 # %% ../nbs/03a_records.ipynb #0d7ec299
-import hashlib, json, os, platform, subprocess, sys
+import argparse, contextlib, difflib, hashlib, json, math, os, platform, subprocess, sys, tempfile
+from functools import wraps
 from pathlib import Path
 import numpy as np
 import torch
@@ -95,6 +96,84 @@ def mean_std(values) -> tuple:
     v = np.asarray([x for x in values if x is not None], float)
     return (float(v.mean()) if len(v) else None), (float(v.std(ddof=1)) if len(v) > 1 else None), len(v)
 
+# %% ../nbs/03a_records.ipynb #5c0a1e02
+class BrokenOff(RuntimeError): "Work that cannot go on, through no fault of what was asked; a command line ends with 1"
+
+
+_PACKAGES = dict(sklearn="scikit-learn", PIL="pillow", yaml="pyyaml")        # where pip's name is another
+
+def one_line(e: BaseException) -> str:
+    "What a user should read of an error: no traceback, no errno"
+    if isinstance(e, ImportError) and e.name:
+        package = e.name.partition(".")[0]
+        return f"this needs the package {package}, which cannot be imported ({e}): pip install {_PACKAGES.get(package, package)}"
+    if isinstance(e, OSError) and e.strerror: return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    text = str(e).strip() or type(e).__name__
+    if "Traceback (most recent call last)" in text: text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return text
+
+
+class _Outlives:
+    "A stream that outlives its reader: what comes after the pipe was closed goes nowhere"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text): return self._try(self.stream.write, text)
+    def flush(self): self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try: return call(*args)
+        except OSError:                                                      # no reader, or a log on a full disk
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+def command_line(main):
+    """A `main(argv) -> exit code` that ends in one of two ways: the work done, or a line on stderr and a code.
+
+    ValueError, OSError and packages that are not there give 2, `BrokenOff` and memory that does not suffice 1, Ctrl-C 130.
+    """
+    @wraps(main)
+    def ended(argv=None) -> int:
+        out, err = (s and _Outlives(s) for s in (sys.stdout, sys.stderr))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: code, said = main(argv), None
+            except KeyboardInterrupt: code, said = 130, "interrupted"
+            except (BrokenOff, torch.OutOfMemoryError, MemoryError) as e: code, said = 1, f"error: {one_line(e)}"
+            except (ValueError, OSError, ImportError) as e: code, said = 2, f"error: {one_line(e)}"
+            finally:
+                if out: out.flush()
+            if said: print(said, file=sys.stderr, flush=True)
+        return code
+    return ended
+
+
+class Parser(argparse.ArgumentParser):
+    "argparse's, whose own errors are ValueErrors too"
+    def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
+
+# %% ../nbs/03a_records.ipynb #5c0a1e04
+def unknown(what: str, name, names) -> str:
+    "'unknown <what> <name>, did you mean …? There are …'"
+    names = list(map(str, names))
+    near = difflib.get_close_matches(str(name), names, 1)
+    return f"unknown {what} {str(name)!r}{f', did you mean {near[0]!r}? There' if near else ': there'} are {', '.join(names)}"
+
+
+def writable(folder, named: str) -> Path:
+    "`folder`, if files can be written below it; nothing is left there. ValueError with `named`, who asked for it, otherwise."
+    folder, made = Path(folder), []
+    try:
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f: f.write(b"0")
+    except OSError as e: raise ValueError(f"{named}: {folder} cannot be written to ({e.strerror}): name another folder") from None
+    finally:
+        for p in made:
+            with contextlib.suppress(OSError): p.rmdir()
+    return folder
+
 # %% ../nbs/03a_records.ipynb #d9de4945
 _PAPER = {
  1: """row | FLOPs (B) | Params (M)
@@ -174,14 +253,13 @@ def paper_table(number: int) -> dict:
     return {row: {c: float(v) if v else None for c, v in zip(head[1:], values)} for row, *values in lines}
 
 # %% ../nbs/03a_records.ipynb #c5c87ddf
+@command_line
 def main(argv=None) -> int:
     "List the records below --out. Returns the exit code."
-    import argparse
-    p = argparse.ArgumentParser(prog="python -m repopt.records", description="List the records of finished runs.")
+    p = Parser(prog="python -m repopt.records", description="List the records of finished runs.")
     p.add_argument("--out", default="figures", help="folder with runs/ (default: figures)"); p.add_argument("--experiment", choices=EXPERIMENTS)
     a = p.parse_args(argv)
-    try: rows = [r for r in load_all(a.out) if a.experiment in (None, r["experiment"])]
-    except ValueError as e: print(e, file=sys.stderr); return 2
+    rows = [r for r in load_all(a.out) if a.experiment in (None, r["experiment"])]
     for r in rows: print(r["id"], r["experiment"], r["status"], *(str(lookup(r, k)) for k in ("recipe__name", "model", "mode", "optimizer", "seed")), json.dumps(r["metrics"]), f"{r['where']['seconds']} s", r["where"]["hardware"], sep="  ")
     return 0
 
