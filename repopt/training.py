@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'changes', 'label', 'lr_at', 'make_optimizer',
-           'SplitBatchNorm2d', 'split_batch_norm', 'TrainingError', 'train_step', 'evaluate', 'load_weights',
-           'evaluate_weights', 'Run', 'build_folder', 'build_model', 'run', 'resolve', 'arguments', 'scale_means',
-           'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
+           'SplitBatchNorm2d', 'split_batch_norm', 'TrainingError', 'train_step', 'averaging', 'evaluate',
+           'load_weights', 'evaluate_weights', 'Run', 'build_folder', 'build_model', 'run', 'resolve', 'arguments',
+           'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
-import contextlib, difflib, fcntl, json, os, re, sys, tempfile, time, warnings
+import contextlib, difflib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
 from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import cos, pi
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import load_file, save as to_bytes
 from torch import nn
 from . import checkpoint, records
+from .records import BrokenOff, Parser, command_line, unknown, writable
 from .csla import CSLA
 from .data import AUGMENTS, generator, load_data
 from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
@@ -52,7 +53,7 @@ class Recipe:
     weight_decay: float
     optimizer: str
     warmup_epochs: float
-    schedule: str                # cosine, constant
+    schedule: str                # cosine (the paper's), cosine_from_start (the authors'), constant
     label_smoothing: float
     clip_norm: float | None
     bn_batch: int | None         # images that share batch statistics; None: the whole batch
@@ -63,45 +64,122 @@ class Recipe:
     scale_init: str              # where Hyper-Search starts: ones, sqrt2l
     init: str                    # kernels: msra, torch
     identity: str                # Eq. 4's identity: one, searched
+    ema_decay: float | None = None   # of an average of the weights over the steps, which is then what is tested and kept
+    accumulate: int = 1          # parts of a batch that go through the net one after the other, for one update
+
+    def asked(self) -> dict:
+        "The settings as a record holds them; keys that came later are left out at their default, so that older runs are found"
+        later = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {k: v for k, v in _plain(asdict(self)).items() if k not in later or v != later[k]}
 
 # %% ../nbs/03c_training.ipynb #07032b71
 RECIPES = Path(__file__).parent/"assets"/"recipes" if "__file__" in globals() else Path("../repopt/assets/recipes")
-_CHOICES = dict(schedule=("cosine", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), channels_last=(True, False, "auto"), scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
+_CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"),
+                compile=(True, False, "auto"), channels_last=(True, False, "auto"), scale_init=("ones", "sqrt2l"),
+                init=("msra", "torch"), identity=("one", "searched"))
+_COUNTS = "epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate".split()
+_RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
+               weight_decay=(lambda v: v >= 0, "at least 0"), warmup_epochs=(lambda v: v >= 0, "at least 0"),
+               label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"), clip_norm=(lambda v: v > 0, "above 0, or null"),
+               ema_decay=(lambda v: 0 < v < 1, "between 0 and 1, or null"), **{k: (lambda v: v >= 1, "at least 1") for k in _COUNTS})
 
 def load_recipe(name, **overrides) -> Recipe:
-    "The recipe `name` (or a path to a .yaml) with `overrides`. ValueError for an unknown recipe, key or value."
+    "The recipe `name` (or a path to a .yaml) with `overrides`. ValueError for an unknown recipe, key, or a value that no run can mean."
+    shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     path = Path(name) if str(name).endswith(".yaml") else RECIPES/f"{name}.yaml"
-    if not path.exists(): raise ValueError(f"unknown recipe {str(name)!r}: there are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}")
-    keys = {f.name: f.type for f in fields(Recipe)}
-    values = {"name": path.stem, **yaml.safe_load(path.read_text())}
-    if unknown := sorted({*values, *overrides} - {*keys}): raise ValueError(f"recipe {path.stem}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; there are {', '.join(keys)}")
-    if missing := [k for k in keys if k not in values]: raise ValueError(f"recipe {path.stem}: missing {', '.join(missing)}")
-    values = {k: _typed(k, keys[k], v) for k, v in {**values, **{k: v for k, v in overrides.items() if v is not None or "None" in str(keys[k])}}.items()}
-    for k, allowed in _CHOICES.items():
-        if values[k] not in allowed: raise ValueError(f"{k}={values[k]!r} must be one of {', '.join(map(str, allowed))}")
-    for k in ("epochs", "test_epochs", "batch_size", "lr_batch", "num_classes", "image_size"):
-        if values[k] < 1: raise ValueError(f"{k}={values[k]} must be at least 1")
-    return Recipe(**values)
+    if not str(name).endswith(".yaml") and str(name) not in shipped: raise ValueError(unknown("recipe", name, shipped))
+    if not path.is_file(): raise ValueError(f"there is no recipe file {path}; shipped are {', '.join(shipped)}")
+    values, kinds = {"name": path.stem, **_read_yaml(path)}, _kinds()
+    return _recipe({**values, **{k: v for k, v in overrides.items() if v is not None or "None" in kinds.get(k, "None")}}, f"recipe {path.stem}")
+
+
+def _kinds(): return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Recipe)}
+
+
+def _recipe(values, where):
+    "A Recipe of `values`, each checked"
+    kinds, later = _kinds(), [f.name for f in fields(Recipe) if f.default is not MISSING]
+    for k in values:
+        if k not in kinds: raise ValueError(f"{where}: {unknown('key', k, kinds)}")
+    if missing := [k for k in kinds if k not in values and k not in later]: raise ValueError(f"{where}: missing {', '.join(missing)}")
+    try:
+        r = Recipe(**{k: _typed(k, kinds[k], v) for k, v in values.items()})
+        if not re.fullmatch(r"\w[\w.+-]*", r.name): raise ValueError(f"name={r.name!r} must be letters, digits, _ . + - alone: files are named by it")
+        for k, allowed in _CHOICES.items():
+            v = getattr(r, k)
+            if not any(v == a and type(v) is type(a) for a in allowed): raise ValueError(_must_be(k, v, allowed))
+        for k, (fits, says) in _RANGES.items():
+            if (v := getattr(r, k)) is not None and not fits(v): raise ValueError(f"{k}={v} must be {says}")
+        if r.nesterov and not r.momentum: raise ValueError("nesterov=True needs a momentum above 0")
+        if r.batch_size % r.accumulate: raise ValueError(f"batch_size={r.batch_size} cannot be shared equally by accumulate={r.accumulate}")
+        if r.optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", r.optimizer, OPTIMIZERS))
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    return r
+
+
+def _must_be(key, v, allowed):
+    near = difflib.get_close_matches(str(v), map(str, allowed), 1)
+    return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
 def _typed(key, kind, v):
     "`v` as the field wants it; ValueError if it is something else"
-    if v is None and "None" in str(kind): return None
-    if key == "strides": return tuple(int(s) for s in (v.split(",") if isinstance(v, str) else v))
-    if kind in (int, float) or kind == float | None or kind == int | None:
-        ok = isinstance(v, (int, float)) and not isinstance(v, bool) and (isinstance(v, int) or "float" in str(kind))
-    else: ok = isinstance(v, str) if kind is str else isinstance(v, bool) if kind is bool else True
-    if not ok: raise ValueError(f"{key}={v!r} should be {kind if isinstance(kind, str) else getattr(kind, '__name__', kind)}")
-    return float(v) if "float" in str(kind) else v
+    if v is None and "None" in kind: return None
+    number = isinstance(v, (int, float)) and not isinstance(v, bool)
+    if key == "strides":
+        found = v.split(",") if isinstance(v, str) else v
+        ok = isinstance(found, (list, tuple)) and len(found) == 5 and all(re.fullmatch(r"\s*[1-9]\d*\s*", str(s)) for s in found)
+        if not ok: raise ValueError(f"strides={v!r} should be five numbers, at least 1: the stem's, and those of the four stages")
+        return tuple(map(int, found))
+    if "float" in kind:
+        if number and math.isfinite(v): return float(v)
+    elif "int" in kind:
+        if number and isinstance(v, int): return v
+    elif kind == "bool":
+        if isinstance(v, bool): return v
+    elif isinstance(v, str) or ("bool" in kind and isinstance(v, bool)): return v
+    raise ValueError(f"{key}={v!r} should be {kind.replace(' | None', ', or null')}{', and finite' if number and 'float' in kind else ''}")
+
+
+class _Yaml(yaml.SafeLoader):
+    "YAML whose 1e-3 is a number, as everywhere else, and whose mappings have no key twice"
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if (name := self.construct_object(key)) in seen: raise yaml.MarkedYAMLError(problem=f"{name!r} stands there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+def _parsed(text, where):
+    "What the YAML `text` says; ValueError names place and line where it is none"
+    try: return yaml.load(text, _Yaml)
+    except yaml.YAMLError as e:
+        mark, why = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
+        raise ValueError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not YAML that can be read, {why}") from None
+    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"{where}: not YAML that can be read, {e}") from None
+
+
+def _read_yaml(path) -> dict:
+    "The mapping in the file `path`; ValueError names it where there is none"
+    try: found = _parsed(path.read_text(), path)
+    except OSError as e: raise ValueError(f"the recipe {path} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError: raise ValueError(f"the recipe {path} is no text") from None
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise ValueError(f"the recipe {path} should be lines of KEY: VALUE, not {'empty' if found is None else type(found).__name__}")
+    return found
 
 Recipe.load = staticmethod(load_recipe)
 
 # %% ../nbs/03c_training.ipynb #changed0
 def changes(recipe, but=()) -> dict:
     "{field: value} where `recipe` (a Recipe, or the dict in a record) is not what its name says; model, arithmetic and the fields in `but` aside. {} for a name of no recipe."
-    have = _plain(asdict(recipe)) if isinstance(recipe, Recipe) else recipe
+    have = recipe.asked() if isinstance(recipe, Recipe) else recipe
     try: says = _plain(asdict(load_recipe(have["name"])))
     except ValueError: return {}
+    if "model" in have: have = {**{f.name: f.default for f in fields(Recipe) if f.default is not MISSING}, **have}
     free = {"name", "model", "test_epochs", "precision", "compile", "channels_last", *but}
     return {k: have[k] for k, v in says.items() if k not in free and k in have and have[k] != v}
 
@@ -115,9 +193,14 @@ def _plain(d): return {k: list(v) if isinstance(v, tuple) else v for k, v in d.i
 
 # %% ../nbs/03c_training.ipynb #fc708efe
 def lr_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    "Learning rate of `step`: linear warm-up, then cosine to zero (4.1), scaled linearly with the batch"
+    """Learning rate of `step`, scaled linearly with the batch: linear warm-up, then cosine to zero (4.1).
+
+    'cosine_from_start', the authors': the cosine is that of all steps, and the warm-up covers its beginning; the first two steps stand at 0."""
     peak, warm, total = recipe.lr*recipe.batch_size/recipe.lr_batch, recipe.warmup_epochs*steps_per_epoch, recipe.epochs*steps_per_epoch
     if recipe.epochs <= recipe.warmup_epochs: warm = 0                      # too short a run to warm up
+    if recipe.schedule == "cosine_from_start":
+        at = max(step - 1, 0)                                               # their scheduler is told of a step after it
+        return peak*at/warm if at < warm else peak*(1 + cos(pi*at/total))/2
     if step < warm: return peak*(step + 1)/(warm + 1)
     return peak if recipe.schedule == "constant" else peak*(1 + cos(pi*(step - warm)/(total - warm)))/2
 
@@ -130,7 +213,7 @@ OPTIMIZERS = dict(
 
 def make_optimizer(name: str, model: nn.Module, recipe: Recipe, scales=None):
     "The optimizer `name` over `param_groups(model)`. ValueError for an unknown one, or for a RepOptimizer without scales."
-    if name not in OPTIMIZERS: raise ValueError(f"unknown optimizer {name!r}: there are {', '.join(OPTIMIZERS)}")
+    if name not in OPTIMIZERS: raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     if name.startswith("rep") and scales is None: raise ValueError(f"{name} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
     rep = dict(scales=scales, plain=getattr(model, "plain", ())) if name.startswith("rep") else {}
     return OPTIMIZERS[name](param_groups(model, recipe.weight_decay), recipe, **rep)
@@ -154,18 +237,21 @@ def split_batch_norm(model: nn.Module, size: int) -> nn.Module:
     return model
 
 # %% ../nbs/03c_training.ipynb #6945a2bf
-class TrainingError(RuntimeError): "A run that cannot go on; the message says where its last good state is and what may help"
+class TrainingError(BrokenOff): "A run that cannot go on; the message says where its last good state is and what may help"
 
 
 def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Tensor:
     "Forward, backward, clip, update. Returns the loss, nan where a gradient is not finite. `check` reads it before the update, and raises FloatingPointError then; without, nothing is read from the device."
     opt.zero_grad(set_to_none=True)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
-    loss.backward()
+    loss = 0
+    for some, labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            part = F.cross_entropy(model(some), labels, label_smoothing=recipe.label_smoothing)/recipe.accumulate
+        part.backward()
+        loss = loss + part.detach()
     grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
-    seen = loss.detach() + 0*norm
+    seen = loss + 0*norm
     if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
     if recipe.clip_norm is not None:
         if isinstance(opt, RepOptimizer): clip_grad_norm_(opt, recipe.clip_norm)
@@ -173,21 +259,41 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
     opt.step()
     return seen
 
+
+def averaging(model: nn.Module, decay: float | None):
+    "(a copy of `model`, a function that moves the copy towards it by 1 - `decay`); without a decay the model itself and nothing to do"
+    if decay is None: return model, lambda: None
+    mean = deepcopy(model).eval().requires_grad_(False)
+    pairs = [(a, b.detach()) for a, b in zip(mean.state_dict().values(), model.state_dict().values())]
+    to, of = zip(*((a, b) for a, b in pairs if a.is_floating_point()))
+    whole = [(a, b) for a, b in pairs if not a.is_floating_point()]
+
+    @torch.no_grad()
+    def move():
+        torch._foreach_lerp_(to, of, 1 - decay)
+        for a, b in whole: a.copy_(b)
+    return mean, move
+
 # %% ../nbs/03c_training.ipynb #0582a9e1
 @torch.no_grad()
 def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None) -> dict | None:
-    "{'top1': percent, 'loss': mean cross-entropy} over the batches of all processes, every image counted once; None if `stop.signal` came meanwhile"
+    "{'top1': percent, 'loss': mean cross-entropy, of more than 5 classes 'top5'} over all processes' batches, each image once; None if `stop.signal` came meanwhile"
     buffers_of_first(model, world)
     model.eval()
-    right = total = loss = 0
+    right = near = total = loss = classes = 0
     for x, y in batches:
         if stop and stop.signal: break
         if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"): out = model(x)
+        classes = out.shape[1]
+        near = near + (out.topk(min(5, classes)).indices == y[:, None]).sum()
         right, total, loss = right + (out.argmax(1) == y).sum(), total + len(y), loss + F.cross_entropy(out.float(), y, reduction="sum")
-    *counts, stopped = zip(*world.each((int(right), total, float(loss), bool(stop and stop.signal))))
-    right, total, loss = map(sum, counts)
-    return None if any(stopped) else dict(top1=100*right/total, loss=loss/total)
+    *counts, stopped = zip(*world.each((int(right), int(near), classes, total, float(loss), bool(stop and stop.signal))))
+    classes = max(counts[2])
+    right, near, _, total, loss = map(sum, counts)
+    if any(stopped): return None
+    if not total: raise ValueError("there is no test image that can be read")
+    return dict(top1=100*right/total, loss=loss/total, **({"top5": 100*near/total} if classes > 5 else {}))
 
 # %% ../nbs/03c_training.ipynb #563fc84a
 def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: int = 3) -> nn.Module:
