@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from .records import BrokenOff
 
 # %% ../nbs/03ba_distributed.ipynb #c6163a45
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def joined(timeout: float = 1800):
     if cuda: enough_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1))); torch.cuda.set_device(world.local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     try: yield world
-    except SystemExit: dist.destroy_process_group(); raise                   # all leave together, after a signal
+    except (SystemExit, KeyboardInterrupt): dist.destroy_process_group(); raise   # all leave together, after a signal
     except Exception as e:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
         get_error_handler().record_exception(e)
@@ -99,16 +100,20 @@ def buffers_of_first(model: nn.Module, world: World) -> None:
 
 # %% ../nbs/03ba_distributed.ipynb #27884458
 class Signals:
-    "While it lasts, SIGTERM and SIGUSR1 are noted in `.signal` instead of obeyed, and `then(signum)` is called; the handlers before it come back afterwards."
-    def __init__(self, then=lambda signum: None): self.signal, self.then = None, then
+    """While it lasts, SIGTERM, SIGUSR1 and those `also` are noted in `.signal` instead of obeyed, and `then(signum)` is called.
+
+    The handlers before it come back afterwards. A second Ctrl-C is obeyed at once, but by the many processes of a run, who hear of one twice."""
+    def __init__(self, then=lambda signum: None, also=()): self.signal, self.then, self.which = None, then, (signal.SIGTERM, signal.SIGUSR1, *also)
 
     def __enter__(self):
         self.old = {}
         with contextlib.suppress(ValueError):                               # not in the main thread: leave them
-            for s in (signal.SIGTERM, signal.SIGUSR1): self.old[s] = signal.signal(s, self._note)
+            for s in self.which: self.old[s] = signal.signal(s, self._note)
         return self
 
-    def _note(self, signum, frame): self.signal = signum; self.then(signum)
+    def _note(self, signum, frame):
+        if self.signal == signum == signal.SIGINT and "RANK" not in os.environ: raise KeyboardInterrupt
+        self.signal = signum; self.then(signum)
 
     def __exit__(self, *_):
         for s, h in self.old.items(): signal.signal(s, h)
@@ -125,20 +130,23 @@ def requeue() -> bool:
 # %% ../nbs/03ba_distributed.ipynb #71618d78
 def command(arguments, gpus: int = 1, nodes: int = 1, endpoint: str | None = None, timeout: int = 600, module: str = "repopt.training") -> list:
     "The command that runs `python -m module arguments` in `gpus` processes on each of `nodes` nodes. ValueError where the nodes have no place to meet."
+    for k, n in dict(gpus=gpus, nodes=nodes).items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"{k}={n!r} must be a number, at least 1")
     work = ["-m", module, *map(str, arguments)]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
     if nodes == 1: return [sys.executable, *work] if gpus == 1 else [*start, "--standalone", *work]
     job, slurm = os.environ.get("SLURM_JOB_ID", "0"), []
     if endpoint is None:
         if "SLURM_JOB_NODELIST" not in os.environ: raise ValueError(f"nodes={nodes} needs a Slurm allocation of {nodes} nodes, or an endpoint HOST:PORT and this command on every node")
-        hosts = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()
+        try: hosts = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError) as e: raise ValueError(f"nodes={nodes}: scontrol does not tell the nodes of $SLURM_JOB_NODELIST ({e})") from None
         if len(hosts) < nodes: raise ValueError(f"nodes={nodes}, but the Slurm allocation has {len(hosts)}")
         endpoint, slurm = f"{hosts[0]}:{20000 + int(job) % 20000}", ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", endpoint, "--rdzv-conf", f"read_timeout={timeout},join_timeout={timeout}"]
     return [*slurm, *start, *meet, *work]
 
 # %% ../nbs/03ba_distributed.ipynb #d444dda3
-class WorkerError(RuntimeError): "A process of a run failed; the message is its traceback"
+class WorkerError(BrokenOff): "A process of a run failed; the message is what it said, or its traceback"
 
 
 def launch(arguments, gpus: int, nodes: int = 1, echo=partial(print, flush=True), **how) -> tuple:
@@ -167,7 +175,7 @@ def first_failure(lines, code: int) -> tuple:
     cause = text.rpartition("Root Cause (first observed failure):")[2]
     if m := re.search(r"exitcode\s*: (-?\d+)", cause): code = int(m[1])
     said = [l.removeprefix("error: ") for l in lines if l.startswith("error: ")]
-    if code == 2 and said: return 2, said[-1]
+    if code in (1, 2) and said: return code, said[-1]
     trace = re.search(r"traceback : (Traceback.*?)(?:\n\s*=+\s*$|\Z)", cause, re.S)
     died = f"a worker was ended by {signal.Signals(-code).name}" if code < 0 else ""
     return code, trace[1].replace("\n  ", "\n") if trace else "\n".join(filter(None, [*list(lines)[-5:], died]))

@@ -370,26 +370,61 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
     ValueError for what does not fit, TrainingError for a run that broke off, WorkerError for a process that did. SIGTERM or SIGUSR1: finish the step, save, exit 75."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     name, optimizer = model or recipe.model, optimizer or recipe.optimizer
-    if optimizer not in OPTIMIZERS: raise ValueError(f"unknown optimizer {optimizer!r}: there are {', '.join(OPTIMIZERS)}")
-    if save_seconds is None: save_seconds = float(os.environ.get("REPOPT_SAVE_SECONDS", 60))
+    save_seconds = _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken)
+    if os.environ.get("RANK", "0") == "0":
+        writable(build_folder()/"runs", "REPOPT_BUILD" if os.environ.get("REPOPT_BUILD") else "the folder of runs (REPOPT_BUILD)")
+        if out: writable(Path(out)/"runs", "--out")
     reinitialize = scales is not None if reinitialize is None else reinitialize
     if gpus*nodes > 1 and "WORLD_SIZE" not in os.environ:
-        if recipe.batch_size % (gpus*nodes): raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {gpus*nodes} processes")
         return _in_processes(arguments(recipe, name, mode, optimizer, scales, seed, data, out, resume, reinitialize, save_seconds, broken), gpus, nodes, quiet)
     with joined() as world:
         device = torch.device(device or (f"cuda:{world.local}" if torch.cuda.is_available() else "cpu"))
         recipe = resolve(recipe, device)
         loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed, device, recipe.num_classes, world.shard, broken)
-        asked = dict(recipe=_plain(asdict(recipe)), model=name, mode=mode, optimizer=optimizer, scales=None if scales is None else scales.hash, scales_from=None if scales is None else scales.recipe,
+        asked = dict(recipe=recipe.asked(), model=name, mode=mode, optimizer=optimizer, scales=None if scales is None else scales.hash, scales_from=None if scales is None else scales.recipe,
                      reinitialize=reinitialize, seed=seed, data=dict(name=loaded.name, sha256=loaded.sha256, channels=loaded.channels), format=records.FORMAT,
                      **({"processes": world.size} if world.size > 1 else {}))
         folder = build_folder()/"runs"/records.run_id(asked)
+        if not (folder/"record.json").exists(): _takes(recipe, name, mode, loaded.channels)
         with _locked(folder) if world.first else contextlib.nullcontext():
             if world.first and not resume: _empty(folder)
             if not world.from_first((folder/"record.json").exists()): _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
             done = Run(folder.name, world.from_first(world.first and json.loads((folder/"record.json").read_text())), folder)
-        if out and world.first: records.write(done.record, out, done.arrays)
+        if out and world.first:
+            try: records.write(done.record, out, done.arrays)
+            except OSError as e: raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run is kept in {folder}: call again") from None
     return done
+
+
+def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken) -> float:
+    "The seconds between checkpoints. ValueError for anything that no run can be asked, before a thing is made."
+    if optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
+    for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
+        if v not in allowed: raise ValueError(_must_be(k, v, allowed))
+    for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < least: raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
+    if optimizer.startswith("rep") and scales is None: raise ValueError(f"{optimizer} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
+    if reinitialize and scales is None: raise ValueError("reinitialize=True needs scales")
+    each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else int(os.environ["WORLD_SIZE"]))
+    if recipe.batch_size % each:
+        parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+        raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {each//recipe.accumulate} processes{parts}")
+    if device is not None:
+        try: torch.device(device)
+        except RuntimeError: raise ValueError(f"device={device!r} is none that torch knows: cpu, cuda, cuda:1, …") from None
+    named, given = ("save_seconds", save_seconds) if save_seconds is not None else ("REPOPT_SAVE_SECONDS", os.environ.get("REPOPT_SAVE_SECONDS", 60))
+    try:
+        if math.isfinite(seconds := float(given)) and seconds >= 0: return seconds
+    except (TypeError, ValueError): pass
+    raise ValueError(f"{named}={given!r} must be a number of seconds, at least 0")
+
+
+def _takes(recipe, name, mode, channels):
+    "ValueError where there is no such net, or it does not take the recipe's images"
+    with torch.device("meta"): net = build_model(name, mode, replace(recipe, channels_last=False), channels).eval()
+    for size in {recipe.image_size, recipe.test_size}:
+        try: net(torch.empty(1, channels, size, size, device="meta"))
+        except RuntimeError as e: raise ValueError(f"{name} does not take images of {size} pixels: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/03c_training.ipynb #932ec986
 def resolve(recipe: Recipe, device) -> Recipe:
@@ -453,25 +488,32 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
         if asked["reinitialize"]: scales.reinitialize_(model, identity=recipe.identity, init=recipe.init, plain=getattr(model, "plain", ()))
     model.to(device)
     opt = make_optimizer(asked["optimizer"], model, recipe, scales)
+    mean, move = averaging(model, recipe.ema_decay)
     state = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
     if found := world.from_first(checkpoint.load_latest(folder, asked) if world.first else None):           # the first process finds it, and all take what it found
         saved, path = found
-        model.load_state_dict(saved["model"]); opt.load_state_dict(saved["optimizer"]); state = saved["position"]
+        model.load_state_dict(saved["model"])
+        opt.load_state_dict(saved["optimizer"])
+        if "ema" in saved: mean.load_state_dict(saved["ema"])
+        state = saved["position"]
         if world.first: print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
     many = f", {world.size} processes" if world.size > 1 else ""
     log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
-    with Signals() as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log, stop)
-    if world.first: _finish(folder, asked, recipe, model, data, state)
+    with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
+    if world.first: _finish(folder, asked, recipe, mean, data, state)
 
 # %% ../nbs/03c_training.ipynb #7375a20e
-def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, log, stop):
+def _loop(folder, asked, recipe, model, opt, average, data, state, world, save_seconds, log, stop):
     "The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves. Every process notes signals by now: what follows waits for all."
     steps, began, saved, device = len(data.train), time.time() - state["seconds"], time.time(), next(model.parameters()).device
+    mean, move = average                                                     # what is tested and kept: the model itself, or an average over its steps
+    def now(): return dict(model=model.state_dict(), optimizer=opt.state_dict(), **({} if mean is model else {"ema": mean.state_dict()}))
     def save(epoch, index, loss):
         state.update(epoch=epoch, index=index, loss=world.each(float(loss)), seconds=time.time() - began)
-        if world.first: _save(folder/f"step-{epoch*steps + index}.pt", dict(model=model.state_dict(), optimizer=opt.state_dict(), position=state, asked=asked), stop.signal)
+        if world.first: _save(folder/f"step-{epoch*steps + index}.pt", dict(**now(), position=state, asked=asked), stop.signal)
         world.highest(0)                                                      # nobody goes on, or leaves, before it is written
     def leave():
+        if stop.signal == signal.SIGINT: raise KeyboardInterrupt
         if world.first: requeue()
         raise SystemExit(75)
     forward = averaged(model, world, torch.zeros(2, data.channels, recipe.image_size, recipe.image_size, device=device))
@@ -489,9 +531,11 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
         nonlocal good
         if not loss.isfinite():
             kept, *at = good
-            model.load_state_dict(kept["model"]); opt.load_state_dict(kept["optimizer"])
+            model.load_state_dict(kept["model"])
+            opt.load_state_dict(kept["optimizer"])
+            if "ema" in kept: mean.load_state_dict(kept["ema"])
             stopped(f"at epoch {epoch}, before step {index}", "a loss or a gradient was not finite", *at)
-        good = deepcopy(dict(model=model.state_dict(), optimizer=opt.state_dict())), epoch, index, loss.clone()
+        good = deepcopy(now()), epoch, index, loss.clone()
     for epoch in range(state["epoch"], recipe.epochs):
         model.train(); start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
         for i, (x, y) in enumerate(data.train.epoch(epoch, start), start):
@@ -502,16 +546,18 @@ def _loop(folder, asked, recipe, model, opt, data, state, world, save_seconds, l
             if every > 1 and (i == start or i % every == 0): look(epoch, i, loss)
             try: loss += train_step(forward, opt, x, y, recipe, check=every == 1)
             except FloatingPointError as e: copy(buffers, before); stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
+            move()
             due = world.highest(2 if stop.signal else int(world.first and time.time() - saved > save_seconds))
             if every > 1 and (due or i + 1 == steps): look(epoch, i + 1, loss)
             if due: save(epoch, i + 1, loss); saved = time.time()
             if due == 2: leave()
             log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
-        test = evaluate(model, data.test.epoch(), recipe, world, stop)
+        test = evaluate(mean, data.test.epoch(), recipe, world, stop)
         if test is None: save(epoch, steps, loss); leave()
-        state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"], top1=test["top1"]))
-        if asked["mode"] == "hs": state["means"].append(scale_means(model))
-        if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1): _write_weights(model, folder/"best.safetensors", last=False)
+        if not math.isfinite(test["loss"]): stopped(f"at the test after epoch {epoch}", f"its loss is {test['loss']}", epoch, steps, loss)
+        state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"], **{k: test[k] for k in ("top1", "top5") if k in test}))
+        if asked["mode"] == "hs": state["means"].append(scale_means(mean))
+        if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1): _write_weights(mean, folder/"best.safetensors", last=False)
         state.update(index=0, loss=[0.]*world.size, seconds=time.time() - began)
         log(epoch + 1, state["epochs"][-1]["train_loss"], state["seconds"], test["top1"])
 
@@ -521,7 +567,7 @@ def _on_disk(what, last):
     "An OSError in the block is a warning, or where it was the `last` chance to write `what`, a TrainingError"
     try: yield
     except OSError as e:
-        said = f"{what} could not be written: {e}"
+        said = f"{what} could not be written: {e.strerror}"
         if last: raise TrainingError(f"{said}. Make room and call again: the run goes on from its last checkpoint") from None
         warnings.warn(f"{said}; training goes on")
 
@@ -546,16 +592,20 @@ def scale_means(model: nn.Module) -> list:
 def _finish(folder, asked, recipe, model, data, state):
     "Write weights, scales, arrays and, last, the record: a run is finished when its record is there"
     last = state["epochs"][-1]
-    metrics = dict(top1=last["top1"], loss=last["test_loss"], best_top1=max(e["top1"] for e in state["epochs"]))
+    metrics = dict(loss=last["test_loss"], best_top1=max(e["top1"] for e in state["epochs"]), **{k: last[k] for k in ("top1", "top5") if k in last})
     if broken := len(data.train.broken) + len(data.test.broken): metrics["broken_pictures"] = broken
-    _write_weights(model, folder/"final.safetensors")
-    if asked["mode"] == "hs":
-        header = dict(arch=asked["model"], recipe=label(recipe), seed=asked["seed"], accuracy=last["top1"], commit=records.where()["commit"])
-        metrics["scales"] = extract_scales(model, **header).save(folder/"scales.safetensors") and extract_scales(model).hash
-        np.savez_compressed(folder/"arrays.npz", scale_means=np.array(state["means"], np.float32))
-    record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"], state["seconds"])
-    records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
-    for _, p in checkpoint.steps(folder): p.unlink(); p.with_suffix(".sha256").unlink(missing_ok=True)
+    with _on_disk(f"what run {folder.name} leaves", True):
+        _write_weights(model, folder/"final.safetensors")
+        if asked["mode"] == "hs":
+            header = dict(arch=asked["model"], recipe=label(recipe), seed=asked["seed"], accuracy=last["top1"], commit=records.where()["commit"])
+            metrics["scales"] = extract_scales(model, **header).save(folder/"scales.safetensors") and extract_scales(model).hash
+            np.savez_compressed(arrays := io.BytesIO(), scale_means=np.array(state["means"], np.float32))
+            records.write_atomic(folder/"arrays.npz", arrays.getvalue())
+        record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"], state["seconds"])
+        records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
+    for _, p in checkpoint.steps(folder):
+        p.unlink()
+        p.with_suffix(".sha256").unlink(missing_ok=True)
 
 # %% ../nbs/03c_training.ipynb #58b01198
 class _Progress:
@@ -577,13 +627,13 @@ def _reads(device) -> int:
 
 
 def compiled(model, recipe: Recipe, processes: int = 1):
-    "torch.compile, on one GPU with CUDA graphs where a step is so short that launching it takes longer; or the model itself with one warning where there is no compiler or it fails"
+    "torch.compile, on one GPU with CUDA graphs where a step is so short that launching it takes longer; or the model itself with one warning where there is no compiler, it fails, or its cache cannot be written"
     graphs = processes == 1 and recipe.image_size <= 64 and next(model.parameters()).is_cuda
     fast, state = torch.compile(model, mode="reduce-overhead" if graphs else None), dict(ok=True)
     def forward(x):
         if state["ok"]:
             try: return fast(x)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as e:
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError, OSError) as e:
                 if isinstance(e, torch.OutOfMemoryError): raise
                 state["ok"] = False; warnings.warn(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
         return model(x)
@@ -616,15 +666,14 @@ def given(namespace: dict, names: str) -> SimpleNamespace:
     found = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
     for k in found:
         if k in names: continue
-        near = difflib.get_close_matches(k, names, 1)
-        raise ValueError(f"unknown notebook parameter {k!r}{f', did you mean {near[0]!r}?' if near else ''} There are {', '.join(names)}")
+        raise ValueError(unknown("notebook parameter", k, names))
     return SimpleNamespace(**{k: found.get(k) for k in names}, test=bool(os.environ.get("IN_TEST")))
 
 
 def parameters(namespace: dict, names: str) -> SimpleNamespace:
     "What an experiment notebook was given, checked. `.recipe` and `.search` become Recipes, `.seeds` a range (of None: three on digits, else one). ValueError for anything else."
     p = given(namespace, names)
-    if p.seeds is not None and (not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
+    if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
     if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
@@ -636,26 +685,37 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
 # %% ../nbs/03c_training.ipynb #5301a496
 def cli(argv, prog: str, mode: str, description: str) -> tuple:
     "(arguments, recipe, scales) of a command line, shared by `repopt.training` and `repopt.hyper_search`"
-    import argparse
-    p = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    p = Parser(prog=f"python -m {prog}", description=description)
     p.add_argument("--recipe", required=True); p.add_argument("--model"); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--data", help="data folder (default: $REPOPT_DATA)"); p.add_argument("--out", help="where the record is written, e.g. figures")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)"); p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
     if mode == "hs": p.add_argument("--compare", type=int, metavar="ROUNDS", help="train nothing: time ROUNDS steps of the search beside as many of three branches, eager and in fp32")
     if mode == "target":
-        p.add_argument("--optimizer", choices=list(OPTIMIZERS)); p.add_argument("--mode", default="target", choices=["target", "csla", "hs"])
+        p.add_argument("--optimizer", help=", ".join(OPTIMIZERS)); p.add_argument("--mode", default="target", help="target, csla, hs")
         p.add_argument("--gpus", type=int, default=1, help="processes on a node, one a GPU"); p.add_argument("--nodes", type=int, default=1, help="nodes, in a Slurm allocation")
         p.add_argument("--broken", default="skip", choices=["skip", "refuse"], help="pictures that cannot be decoded: leave them out, or look for them first and do not begin")
         p.add_argument("--weights", help="train nothing: test the weights in this file, published by others or from an earlier run")
         p.add_argument("--keep-init", action="store_true", help="scales in the optimizer only: the net starts as without them")
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
-    pairs = [s.partition("=") for s in a.set]
-    if bad := [s for s, (_, eq, _) in zip(a.set, pairs) if not eq]: raise ValueError(f"--set wants KEY=VALUE, not {bad[0]!r}")
-    over = {k: yaml.safe_load(v) if k != "strides" else v for k, _, v in pairs}
-    recipe = Recipe.load(a.recipe, **over, **({"model": a.model} if a.model else {}))
+    over = _overrides(a.set)
+    if a.model and over.get("model", a.model) != a.model: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
+    recipe = Recipe.load(a.recipe, **{**over, **({"model": a.model} if a.model else {})})
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
+
+
+def _overrides(words) -> dict:
+    "{key: value} of the KEY=VALUE that --set was given. ValueError for what is none, or given twice, or nothing where a value must be."
+    over, kinds = {}, _kinds()
+    for word in words:
+        k, eq, text = word.partition("=")
+        if not eq: raise ValueError(f"--set wants KEY=VALUE, not {word!r}")
+        if k in over: raise ValueError(f"--set {k} is given twice")
+        if k not in kinds: raise ValueError(f"--set {word}: {unknown('key', k, kinds)}")
+        over[k] = text if k == "strides" and "," in text else _parsed(text, f"--set {word}")
+        if over[k] is None and "None" not in kinds[k]: raise ValueError(f"--set {word}: {k} must have a value")
+    return over
 
 # %% ../nbs/03c_training.ipynb #e15e6a1b
 def named_scales(name, recipe: Recipe):
@@ -663,19 +723,22 @@ def named_scales(name, recipe: Recipe):
     from repopt.scales import load_scales
     if name is None: return None
     if name in ("ones", "sqrt2l"): return initial_scales(recipe.model, name)
-    return Scales.load(name) if Path(name).exists() else load_scales(name)
+    if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.load(name)
+    return load_scales(name)
 
 
+@command_line
 def main(argv=None) -> int:
     "Train one target. Returns the exit code."
-    try:
-        a, recipe, scales = cli(argv, "repopt.training", "target", "Train one net with one seed.")
-        if a.weights: print("top-1 {top1:.2f} %, loss {loss:.4f}".format(**evaluate_weights(a.weights, recipe, data=a.data, mode=a.mode))); return 0
-        done = run(recipe, mode=a.mode, optimizer=a.optimizer, scales=scales, seed=a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds,
-                   reinitialize=False if a.keep_init else None, gpus=a.gpus, nodes=a.nodes, broken=a.broken)
-    except (ValueError, TrainingError) as e: print(f"error: {e}", file=sys.stderr, flush=True); return 2 if isinstance(e, ValueError) else 1
+    a, recipe, scales = cli(argv, "repopt.training", "target", "Train one net with one seed.")
+    if a.weights:
+        got = evaluate_weights(a.weights, recipe, data=a.data, mode=a.mode)
+        print(", ".join(f"top-{k[3:]} {v:.2f} %" for k, v in sorted(got.items()) if k != "loss"), f"loss {got['loss']:.4f}", sep=", ")
+        return 0
+    done = run(recipe, mode=a.mode, optimizer=a.optimizer, scales=scales, seed=a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds,
+               reinitialize=False if a.keep_init else None, gpus=a.gpus, nodes=a.nodes, broken=a.broken)
     if os.environ.get("RANK", "0") == "0" and (a.gpus*a.nodes == 1 or "RANK" in os.environ): print(f"run {done.id}: top-1 {done.top1:.2f} %, {done.folder}", flush=True)
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())
