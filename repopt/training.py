@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file, save as to_bytes
 from torch import nn
 from . import checkpoint, records
-from .records import BrokenOff, Parser, command_line, unknown, writable
+from .records import BrokenOff, Parser, command_line, compiler_cache, unknown, writable
 from .csla import CSLA
 from .data import AUGMENTS, generator, load_data
 from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
@@ -83,7 +83,7 @@ _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, 
                label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"), clip_norm=(lambda v: v > 0, "above 0, or null"),
                ema_decay=(lambda v: 0 < v < 1, "between 0 and 1, or null"), **{k: (lambda v: v >= 1, "at least 1") for k in _COUNTS})
 
-def load_recipe(name, **overrides) -> Recipe:
+def load_recipe(name, /, **overrides) -> Recipe:
     "The recipe `name` (or a path to a .yaml) with `overrides`. ValueError for an unknown recipe, key, or a value that no run can mean."
     shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     path = Path(name) if str(name).endswith(".yaml") else RECIPES/f"{name}.yaml"
@@ -112,7 +112,6 @@ def _recipe(values, where):
             if (v := getattr(r, k)) is not None and not fits(v): raise ValueError(f"{k}={v} must be {says}")
         if r.nesterov and not r.momentum: raise ValueError("nesterov=True needs a momentum above 0")
         if r.batch_size % r.accumulate: raise ValueError(f"batch_size={r.batch_size} cannot be shared equally by accumulate={r.accumulate}")
-        if r.optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", r.optimizer, OPTIMIZERS))
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
     return r
 
@@ -368,6 +367,7 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
     (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False` starts over. `save_seconds`: between checkpoints
     (default: $REPOPT_SAVE_SECONDS, else 60). `gpus`: processes on each of `nodes` nodes, one a GPU (on a CPU, by gloo); they share each batch. `broken`: pictures, 'skip' or 'refuse'.
     ValueError for what does not fit, TrainingError for a run that broke off, WorkerError for a process that did. SIGTERM or SIGUSR1: finish the step, save, exit 75."""
+    compiler_cache()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     name, optimizer = model or recipe.model, optimizer or recipe.optimizer
     save_seconds = _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken)
