@@ -12,11 +12,13 @@ import torch
 from .data import load_data
 from .distributed import command
 from .speed import imagined, step_bytes
+from .records import writable
 from .training import Recipe, arguments, build_model, make_optimizer, resolve, train_step
 
 # %% ../nbs/05c_plan.ipynb #2892c7f0
 def gpus_for(gpus, recipe: Recipe, nodes: int = 1) -> int:
     "`gpus`, or for 'auto' the number of this node's GPUs that can share `recipe`'s batch without changing what batch norm sees. ValueError for anything else."
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1: raise ValueError(f"nodes={nodes!r} must be a number, at least 1")
     if gpus == "auto":
         fits = lambda n: recipe.batch_size % (n*nodes) == 0 and recipe.batch_size//(n*nodes) % recipe.bn_batch == 0
         return max((n for n in range(1, torch.cuda.device_count() + 1) if fits(n)), default=1) if recipe.bn_batch else 1
@@ -58,6 +60,8 @@ def loading_rate(loader, seconds: float = 3.) -> float:
 def plan(recipe, model=None, mode="target", optimizer="sgd", scales=None, seed=0, data=None, gpus=1, nodes=1, out=None, time_it=True) -> list:
     "The lines of a dry run. ValueError where the data, the batch or the number of GPUs do not fit."
     recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), "cuda" if torch.cuda.is_available() else "cpu")
+    gpus = gpus_for(gpus, recipe, nodes)
+    if out: writable(out, "out")
     d = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed, classes=recipe.num_classes, shard=(0, gpus*nodes))
     images = len(d.train)*recipe.batch_size
     lines = [f"data: {d.name}, {d.classes} classes, {images} training images an epoch in {len(d.train)} steps, sha256 {d.sha256[:10]}"]

@@ -11,7 +11,7 @@ __all__ = ['NOISY', 'TABLE3', 'PRECISIONS', 'KINDS', 'GB', 'VARIANTS', 'LAYOUTS'
            'shared']
 
 # %% ../nbs/05a_speed.ipynb #b0778fbc
-import argparse, contextlib, gc, importlib.util, os, re, subprocess, sys, time, weakref
+import contextlib, gc, importlib.util, math, os, re, subprocess, sys, time, weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -493,7 +493,7 @@ def _remarks(m) -> str:
 # %% ../nbs/05a_speed.ipynb #78efa8fd
 def arguments(argv=None):
     "The command line, with what this machine makes of the defaults. ValueError for what does not exist or cannot fit."
-    p = argparse.ArgumentParser(prog="python -m repopt.speed", description="What RepOpt-VGG saves on this machine: speed, memory, largest batch (Tables 2 and 3).")
+    p = records.Parser(prog="python -m repopt.speed", description="What RepOpt-VGG saves on this machine: speed, memory, largest batch (Tables 2 and 3).")
     cuda = accelerator() == "cuda"
     p.add_argument("--train", help="shapes to train, e.g. b1,b2,l1,l2 (default, if nothing else is asked: b1)"); p.add_argument("--infer", help="models to run forward, or table3")
     p.add_argument("--optimizers", action="store_true", help="time optimizer steps of --models"); p.add_argument("--models", default="b1", help="shapes for --optimizers")
@@ -505,9 +505,14 @@ def arguments(argv=None):
     a = p.parse_args(argv)
     if not (a.train or a.infer or a.optimizers): a.train = "b1"
     many = lambda s: [x for x in (s or "").split(",") if x]
-    a.train, a.models, a.precision, a.compiled, a.sizes = many(a.train), many(a.models), many(a.precision), many(a.compiled), [int(s) for s in many(a.size)]
-    a.batches = [b if b == "max" else int(b) for b in many(a.batch)]; a.infer = list(TABLE3) if a.infer == "table3" else many(a.infer)
-    if bad := [m for m in a.train + a.models if m not in SHAPES]: raise ValueError(f"unknown shapes {', '.join(bad)}: there are {', '.join(SHAPES)}")
+    a.train, a.models, a.precision, a.compiled, a.sizes = many(a.train), many(a.models), many(a.precision), many(a.compiled), [_whole("--size", s) for s in many(a.size)]
+    a.batches = [b if b == "max" else _whole("--batch", b) for b in many(a.batch)]; a.infer = list(TABLE3) if a.infer == "table3" else many(a.infer)
+    if bad := [m for m in a.train + a.models if m not in SHAPES]: raise ValueError(records.unknown("shape", bad[0], SHAPES))
+    if not (a.sizes and a.batches and a.precision): raise ValueError("--size, --batch and --precision each need a value at least")
+    if a.infer_batch is not None: _whole("--infer-batch", a.infer_batch)
+    for k, v in (("--minutes", a.minutes), ("--memory-cap", a.memory_cap)):
+        if not (math.isfinite(v) and v > 0): raise ValueError(f"{k}={v} must be a number above 0")
+    if a.out: records.writable(Path(a.out)/"runs", "--out")
     if bad := [q for q in a.precision if q not in PRECISIONS or q == "tf32" and not cuda]: raise ValueError(f"no {', '.join(bad)} here: there are {', '.join(q for q in PRECISIONS if cuda or q != 'tf32')}")
     if a.rounds < 2 or min([1, *(b for b in a.batches if b != "max")]) < 1: raise ValueError("at least 2 --rounds, and batches of at least 1")
     with torch.device("meta"):
@@ -517,6 +522,13 @@ def arguments(argv=None):
         for n in (f"{f}_{m}" for m in a.train for f in ("repvgg", "repoptvgg")):
             if (need := predict(n, b, size)["peak"]) > room(): raise ValueError(f"a batch of {b} images of {size} pixels never fits: training {n} would take {need/GB:.1f} GB, this machine has {room()/GB:.1f}")
     return a
+
+
+def _whole(named, text) -> int:
+    try:
+        if int(text) >= 1: return int(text)
+    except ValueError: pass
+    raise ValueError(f"{named}={text} must be a whole number, at least 1")
 
 # %% ../nbs/05a_speed.ipynb #79523ac5
 def jobs(a) -> list:
@@ -551,10 +563,10 @@ def jobs(a) -> list:
     return out
 
 # %% ../nbs/05a_speed.ipynb #adeaeacc
+@records.command_line
 def main(argv=None) -> int:
     "Measure and print, job by job. Returns the exit code."
-    try: a = arguments(argv)
-    except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
+    a = arguments(argv)
     todo, start, made = jobs(a), time.time(), 0
     where = records.where(); print(f"{where['hardware']}, {where['threads']} threads, torch {torch.__version__}")
     if taken := shared(): print(f"careful: something else holds {taken/GB:.1f} GB of this GPU, times and largest batches will suffer", file=sys.stderr)
