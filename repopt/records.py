@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'EXPERIMENTS', 'run_id', 'where', 'make_record', 'write_atomic', 'write', 'lookup', 'load_all', 'find',
-           'mean_std', 'paper_table', 'main', 'project']
+           'mean_std', 'paper_table', 'project', 'main']
 
 # %% ../nbs/03a_records.ipynb #0d7ec299
 import hashlib, json, os, platform, subprocess, sys
@@ -173,6 +173,19 @@ def paper_table(number: int) -> dict:
     head, *lines = ([c.strip() for c in line.split("|")] for line in _PAPER[number].splitlines())
     return {row: {c: float(v) if v else None for c, v in zip(head[1:], values)} for row, *values in lines}
 
+# %% ../nbs/03a_records.ipynb #9b1e0a02
+def project(*parts) -> Path:
+    """The project's folder, or `parts` below it: the one above the working folder, else the one that the package is installed from.
+
+    Raises ValueError where there is neither.
+    """
+    from importlib.resources import files
+    mine = lambda folder: (ini := folder/"settings.ini").is_file() and "lib_name = repopt" in ini.read_text()
+    here, package = Path.cwd(), Path(str(files("repopt"))).parent
+    found = next(filter(mine, (here, *here.parents, package)), None)
+    if found is None: raise ValueError(f"no project of repopt above {here}, and {package} is none: start in a clone of it, or name the folder with out=…")
+    return found.joinpath(*parts)
+
 # %% ../nbs/03a_records.ipynb #c5c87ddf
 def main(argv=None) -> int:
     "List the records below --out. Returns the exit code."
@@ -187,16 +200,3 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
-
-# %% ../nbs/03a_records.ipynb #9b1e0a02
-def project(*parts) -> Path:
-    """The project's folder, or `parts` below it: the one above the working folder, else the one that the package is installed from.
-
-    Raises ValueError where there is neither.
-    """
-    from importlib.resources import files
-    mine = lambda folder: (ini := folder/"settings.ini").is_file() and "lib_name = repopt" in ini.read_text()
-    here, package = Path.cwd(), Path(str(files("repopt"))).parent
-    found = next(filter(mine, (here, *here.parents, package)), None)
-    if found is None: raise ValueError(f"no project of repopt above {here}, and {package} is none: start in a clone of it, or name the folder with out=…")
-    return found.joinpath(*parts)
