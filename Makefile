@@ -1,7 +1,7 @@
 # make test        sets up and tests every notebook and tests/
-# make test-slow  kills runs twenty times each, in one process and in two, and leaves records
-# make reproduce  runs the argument of the paper on digits, five seeds, and writes figures/
-# make bench      what a RepOptimizer's step costs over torch's own, on this machine
+# make test-slow   kills runs twenty times each, in one process and in two, and leaves records
+# make reproduce   runs the argument of the paper on digits, five seeds (or SEEDS=2), and writes figures/
+# make bench       what a RepOptimizer's step costs over torch's own, on this machine
 # make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
 # make lab         opens JupyterLab on the notebooks
 PYTHON ?= python3
@@ -9,6 +9,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
+SEEDS  ?= 5
+EPOCHS ?=
+# not those that papermill left (out.ipynb): they are no part of the project
+NOTEBOOKS = $(filter-out nbs/out%,$(wildcard nbs/*.ipynb))
+# programs are given to Python by name: the first line of a script cannot hold the path of every folder
+RUN    := $(BIN)/python
 # two notebooks or runs at a time, one thread each: on a small net a second thread costs more than it gives
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -25,28 +31,32 @@ $(READY): requirements.lock settings.ini setup.py
 	touch $@
 
 test: $(READY)
-	$(ONE_THREAD) $(BIN)/python tests/run.py --jobs $(JOBS)
+	$(ONE_THREAD) $(RUN) tests/run.py --jobs $(JOBS)
 
 test-slow: $(READY)
-	$(ONE_THREAD) $(BIN)/python tests/test_interrupt.py --kills 20 --out figures
+	$(ONE_THREAD) $(RUN) tests/test_interrupt.py --kills 20 --out figures
 
+# exec and tied.py: where make is killed, everything behind it ends; where it is called again, runs go on from their checkpoints
 reproduce: $(READY)
-	$(ONE_THREAD) $(BIN)/snakemake --profile profiles/local --cores $(JOBS)
+	exec env $(ONE_THREAD) $(RUN) profiles/tied.py $(RUN) -m snakemake --profile profiles/local --cores $(JOBS) \
+	    --config seeds=$(SEEDS) $(if $(EPOCHS),epochs=$(EPOCHS))
 
 bench: $(READY)
-	$(BIN)/python -m repopt.speed --optimizers --models b1,l2 --out figures
+	$(RUN) -m repopt.speed --optimizers --models b1,l2 --out figures
 
 notebooks: $(READY)
-	$(BIN)/nbdev_export
-	$(ONE_THREAD) $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb
-	$(BIN)/nbdev_clean
+	$(RUN) $(BIN)/nbdev_export
+	$(ONE_THREAD) $(RUN) -m nbconvert --log-level WARN --to notebook --execute --inplace $(NOTEBOOKS)
+	$(RUN) $(BIN)/nbdev_clean
 	$(MAKE) README.md
 
 README.md: nbs/index.ipynb $(READY)
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove_cell --TagRemovePreprocessor.remove_input_tags=remove_input nbs/index.ipynb
+	$(RUN) -m nbconvert --log-level WARN --to markdown --output-dir . --output README \
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=remove_cell \
+	    --TagRemovePreprocessor.remove_input_tags=remove_input nbs/index.ipynb
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(RUN) -m jupyterlab nbs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .snakemake nbs/.ipynb_checkpoints
