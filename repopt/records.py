@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'EXPERIMENTS', 'run_id', 'where', 'BrokenOff', 'one_line', 'command_line', 'Parser', 'unknown',
            'compiler_cache', 'writable', 'make_record', 'write_atomic', 'file_name', 'write', 'check', 'lookup', 'load',
-           'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'main']
+           'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'project', 'main']
 
 # %% ../nbs/03a_records.ipynb #0d7ec299
 import argparse, contextlib, difflib, hashlib, io, json, math, os, platform, subprocess, sys, tempfile, warnings, zipfile
@@ -340,6 +340,19 @@ def paper_table(number: int) -> dict:
     if number not in _PAPER: raise ValueError(f"the paper has tables 1 to 12, not {number}")
     head, *lines = ([c.strip() for c in line.split("|")] for line in _PAPER[number].splitlines())
     return {row: {c: float(v) if v else None for c, v in zip(head[1:], values)} for row, *values in lines}
+
+# %% ../nbs/03a_records.ipynb #9b1e0a02
+def project(*parts) -> Path:
+    """The project's folder, or `parts` below it: the one above the working folder, else the one that the package is installed from.
+
+    Raises ValueError where there is neither.
+    """
+    from importlib.resources import files
+    mine = lambda folder: (ini := folder/"settings.ini").is_file() and "lib_name = repopt" in ini.read_text()
+    here, package = Path.cwd(), Path(str(files("repopt"))).parent
+    found = next(filter(mine, (here, *here.parents, package)), None)
+    if found is None: raise ValueError(f"no project of repopt above {here}, and {package} is none: start in a clone of it, or name the folder with out=…")
+    return found.joinpath(*parts)
 
 # %% ../nbs/03a_records.ipynb #c5c87ddf
 @command_line
