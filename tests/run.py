@@ -1,7 +1,7 @@
 """`make test`: nbdev_test on every notebook, then pytest on tests/; closes with 'N passed, N failed' counted from what ran.
 
-nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to complete.
-What was slowest is said before that line, notebooks and tests together.
+nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to
+complete. What was slowest is said before the last line, notebooks and tests together.
 """
 import argparse, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -24,7 +24,8 @@ def stream(*command):
 def notebooks(jobs):
     "(passed, failed, {name: seconds}) of `nbdev_test` over every notebook in nbs/"
     want = {p.name for p in (ROOT/"nbs").glob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name)}
-    rc, out = stream(sys.executable, BIN/"nbdev_test", "--do_print", "--timing", "--n_workers", jobs, "--file_re", f"^{NOTEBOOK}$")
+    how = ["--do_print", "--timing", "--n_workers", jobs, "--file_re", f"^{NOTEBOOK}$"]
+    rc, out = stream(sys.executable, BIN/"nbdev_test", *how)
     done = {Path(m).name for m in re.findall(r"^- Completed (.+\.ipynb)$", out, re.M)}
     failed = set(re.findall(r"^\t(\S+\.ipynb)$", out, re.M))
     missing = want - done - failed
@@ -53,6 +54,7 @@ if __name__ == "__main__":
     jobs, start = args.parse_args().jobs, time.time()
     (*books, slow), (*tests, slower) = notebooks(jobs), pytests(jobs)
     passed, failed = map(sum, zip(books, tests))
-    print("slowest:", *(f"{s:6.0f} s  {name}" for name, s in sorted({**slow, **slower}.items(), key=lambda x: -x[1])[:12]), sep="\n")
+    slowest = sorted((slow | slower).items(), key=lambda x: -x[1])[:12]
+    print("slowest:", *(f"{seconds:6.0f} s  {name}" for name, seconds in slowest), sep="\n")
     print(f"{time.time() - start:.0f} s\n{passed} passed, {failed} failed")
     sys.exit(1 if failed or not passed else 0)
