@@ -1,7 +1,7 @@
 """Make `fashion.npz`, the part of Fashion-MNIST that ships with the package, from Debian's `dataset-fashion-mnist`.
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb unpacked
-    python repopt/assets/data/make_fashion.py unpacked/usr/share/datasets/fashion-mnist
+    python tests/make_fashion.py unpacked/usr/share/datasets/fashion-mnist
 
 Balanced over the ten classes: 6,000 pictures for training and 4,000 for choosing, both from the official training set and
 disjoint, and 5,000 for testing from the official test set. Which ones is fixed by one seeded permutation.
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 CLASSES = 10
+OUT = Path(__file__).parents[1]/"repopt"/"assets"/"data"/"fashion.npz"
 SHA256 = "441deab73a56ca666ef9b423f18b7f447d042208ad5088db9b40c79578c957d4"        # of the arrays, in the order of their names
 
 
@@ -53,7 +54,7 @@ def main(source: str) -> None:
         arrays |= {f"{name}_images": images[i], f"{name}_labels": labels[i]}
     if digest(arrays) != SHA256:
         raise SystemExit(f"these pictures have the sha256 {digest(arrays)}, expected {SHA256}: another edition of the data set")
-    np.savez_compressed(Path(__file__).with_name("fashion.npz"), **arrays)
+    np.savez_compressed(OUT, **arrays)
 
 
 if __name__ == "__main__":
