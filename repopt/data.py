@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'AUGMENTS', 'DataError', 'data_root', 'Split', 'load_digits',
-           'load_cifar100', 'class_names', 'Folder', 'read_picture', 'rgb', 'middle', 'Packed', 'open_folder', 'pack',
-           'image_folders', 'why_broken', 'say_broken', 'decoded', 'nothing_left', 'load_image_folder',
-           'load_caltech256', 'generator', 'share', 'pad_crop_flip', 'TensorLoader', 'raug_ops', 'raug15', 'erase',
-           'seeded', 'transforms', 'FolderLoader', 'Data', 'load_data', 'main']
+           'load_cifar100', 'class_names', 'NoPictures', 'Folder', 'read_picture', 'rgb', 'middle', 'Packed',
+           'open_folder', 'pack', 'image_folders', 'why_broken', 'say_broken', 'decoded', 'nothing_left',
+           'load_image_folder', 'load_caltech256', 'generator', 'share', 'pad_crop_flip', 'TensorLoader', 'raug_ops',
+           'raug15', 'erase', 'seeded', 'transforms', 'FolderLoader', 'Data', 'load_data', 'main']
 
 # %% ../nbs/03_data.ipynb #66d38a61
 import bisect, hashlib, importlib, math, os, random, sys
@@ -155,6 +155,9 @@ def _follow(found: list, seen: set) -> list:
     return again
 
 
+class NoPictures(DataError): "Not one class folder of a split holds a picture."
+
+
 class Folder:
     """The pictures of one split, `path/<class>/…/*.jpg`, with ImageFolder's surface: `.classes`, `.samples`, `.targets`, `.loader`.
 
@@ -166,7 +169,8 @@ class Folder:
         self.samples = [(p, y) for y, pictures in enumerate(files) for p in sorted(pictures, key=os.path.split)]
         self.targets = [y for _, y in self.samples]
         if empty := [c for c, pictures in zip(self.classes, files) if not pictures]:
-            raise DataError(f"{path}/{empty[0]} holds no pictures ({len(empty)} of {len(self.classes)} class folders are "
+            kind = NoPictures if len(empty) == len(files) else DataError
+            raise kind(f"{path}/{empty[0]} holds no pictures ({len(empty)} of {len(self.classes)} class folders are "
                             f"so): put some there ({', '.join(PICTURES)}), or remove the class from train and val")
 
     def _files(self) -> list:
@@ -229,7 +233,8 @@ def rgb(x):
     from PIL import Image
     if x.mode in ("I", "F") or x.mode.startswith("I;16"):
         v = np.asarray(x)
-        tops = {"I": (255, 65535, 2**32 - 1), "F": (1, 255, 65535, 2**32 - 1)}.get(x.mode, (65535,))
+        tops = {"I": (255, 65535, 2**32 - 1), "F": (1, 255, 65535, 2**32 - 1)}.get(x.mode, ())
+        if not tops or x.format in ("PNG", "PPM"): tops = (65535,)
         top = next((t for t in tops if v.min() >= 0 and v.max() <= t), None)
         if top is None: raise ValueError(f"values from {v.min()} to {v.max()}: save it with 8 or 16 bits")
         x = Image.fromarray(np.rint(v*(255/top)).astype(np.uint8))
@@ -268,10 +273,11 @@ class Packed:
         for name, (a, shape) in shapes.items():
             if a.shape != shape or a.dtype.kind not in "iu": return f"{name} are {a.dtype} of {a.shape}, not integers of {shape}"
         if not all(isinstance(c, str) for c in self.classes) or len(set(self.classes)) < named: return "its classes are not names"
-        if n == 0 or not np.array_equal(np.unique(labels), np.arange(named)): return f"labels from {min(labels, default=0)} to {max(labels, default=0)} for {named} classes, each of which needs a picture"
-        if (np.diff(labels) < 0).any(): return "labels that are not in order"
+        if n == 0 or not np.array_equal(np.unique(labels), np.arange(named)):
+            return f"labels from {min(labels, default=0)} to {max(labels, default=0)} for {named} classes, each of which needs a picture"
+        if (labels[1:] < labels[:-1]).any(): return "labels that are not in order"
         if self.sizes.min() < 1: return "pictures without pixels"
-        if self.places[0] != 0 or not np.array_equal(np.diff(self.places), 3*self.sizes.astype(np.int64).prod(1)): return "places that do not follow from the sizes"
+        if self.places[0] != 0 or not np.array_equal(np.diff(self.places.astype(np.int64)), 3*self.sizes.astype(np.int64).prod(1)): return "places that do not follow from the sizes"
         return "" if size == self.places[-1] else f"{size} bytes where it says {self.places[-1]}"
 
     def __len__(self): return len(self.samples)
@@ -300,10 +306,13 @@ def _listing(folder: Folder) -> str:
 
 
 def _unpacked(path):
-    "The `Folder` at `path`, or None where no picture lies there (any more)"
-    if not os.path.isdir(path): return None
-    has = any(e.is_symlink() or not e.is_dir() for c in class_names(path) for e in _entries(os.path.join(path, c)))
-    return Folder(path) if has or not Path(f"{path}.u8").exists() else None
+    "The `Folder` at `path`, or None where only packed pictures are left"
+    packed = Path(f"{path}.u8").exists()
+    if packed and not os.path.isdir(path): return None
+    try: return Folder(path)
+    except NoPictures:
+        if packed: return None
+        raise
 
 
 def open_folder(path):
@@ -318,47 +327,50 @@ def open_folder(path):
 def pack(root, to, size: int = 256, workers: int | None = None) -> dict:
     """Decode the pictures below `root` once into `to/{train,val}.u8`, short sides at most `size`. Broken ones are named and left out. Returns {split: pictures}.
 
-    Where packed pictures lie beside the files that they were made of, the files are read. DataError where of a class nothing is left, or `to` cannot be written; what was packed there before then stays."""
+    Where packed pictures lie beside the files that they were made of, the files are read. DataError where of a class
+    nothing is left, or `to` cannot be written; what was packed there before then stays."""
     if size < 1: raise DataError(f"size={size}: the short side of a packed picture has at least one pixel")
-    paths = image_folders(root)
+    splits = {path.name: _unpacked(path) or Packed(path) for path in image_folders(root)}
+    files = {f"{Path(to)/name}.{kind}.part": f"{Path(to)/name}.{kind}" for name in splits for kind in ("u8", "npz")}
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
-        return {path.name: _pack(_unpacked(path) or Packed(path), Path(to)/path.name, size, workers) for path in paths}
-    except OSError as e: raise DataError(f"{e.filename or to} {_unusable(e)}: the pictures are to be packed into a folder that can be written") from e
+        out = {name: _pack(folder, Path(to)/name, size, workers) for name, folder in splits.items()}
+        for part, file in files.items(): os.replace(part, file)
+    except OSError as e:
+        raise DataError(f"{e.filename or to} {_unusable(e)}: pack into a folder that can be written and has room") from e
+    finally:
+        for part in files:
+            if os.path.isfile(part): os.unlink(part)
+    return out
 
 
 def _pack(folder, target: Path, size: int, workers: int | None) -> int:
-    "Pack one split. Returns its pictures."
+    "Write one split to `target.u8.part` and `target.npz.part`. Returns its pictures."
     from concurrent.futures import ThreadPoolExecutor
     if isinstance(folder, Packed) and 0 < folder.size < size:
-        raise DataError(f"{folder.root}.u8 was packed at {folder.size} pixels and no pictures lie beside it: it cannot be packed at {size}")
+        raise DataError(f"{folder.root}.u8 was packed at {folder.size} pixels, and no pictures lie beside it to be read at {size}")
     def decode(sample):
         try: x = folder.loader(sample[0])
         except Exception as e: return why_broken(e)
         k = size/min(x.size)
         return np.asarray(x if k >= 1 else x.resize([max(1, round(s*k)) for s in x.size], reducing_gap=2.))
-    labels, offsets, sizes, broken, n, part = [], [0], [], {}, 256, Path(f"{target}.part")
-    try:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool, open(part, "wb") as f:
-            for start in range(0, len(folder.samples), n):
-                some = folder.samples[start:start + n]
-                for (name, y), x in zip(some, pool.map(decode, some)):
-                    if isinstance(x, str):
-                        broken[name] = x
-                        continue
-                    f.write(x.tobytes())
-                    labels.append(y)
-                    offsets.append(offsets[-1] + x.size)
-                    sizes.append(x.shape[:2])
-        say_broken(broken, "skip")
-        if lost := set(range(len(folder.classes))) - set(labels): raise nothing_left([p for p, y in folder.samples if y == min(lost)])
-        index = dict(labels=labels, offsets=offsets, sizes=sizes, classes=folder.classes, size=min(size, getattr(folder, "size", size) or size),
-                     listing=_listing(folder) if isinstance(folder, Folder) else folder.listing)
-        with open(f"{target}.index.part", "wb") as f: np.savez(f, **index)
-        os.replace(part, f"{target}.u8")
-        os.replace(f"{target}.index.part", f"{target}.npz")
-    finally:
-        for left in (part, Path(f"{target}.index.part")): left.unlink(missing_ok=True)
+    labels, offsets, sizes, broken, n = [], [0], [], {}, 256
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, open(f"{target}.u8.part", "wb") as f:
+        for start in range(0, len(folder.samples), n):
+            some = folder.samples[start:start + n]
+            for (name, y), x in zip(some, pool.map(decode, some)):
+                if isinstance(x, str):
+                    broken[name] = x
+                    continue
+                f.write(x.tobytes())
+                labels.append(y)
+                offsets.append(offsets[-1] + x.size)
+                sizes.append(x.shape[:2])
+    say_broken(broken, "skip")
+    if lost := set(folder.targets) - set(labels): raise nothing_left([p for p, y in folder.samples if y == min(lost)])
+    listing = folder.listing if isinstance(folder, Packed) else _listing(folder)
+    with open(f"{target}.npz.part", "wb") as f:
+        np.savez(f, labels=labels, offsets=offsets, sizes=sizes, classes=folder.classes, size=size, listing=listing)
     return len(labels)
 
 # %% ../nbs/03_data.ipynb #b1f0c9d8
@@ -401,11 +413,11 @@ def decoded(samples: list, size: int, broken: str = "skip", loader=read_picture)
 
     DataError where `broken='refuse'`, or where of a class no picture is left."""
     from concurrent.futures import ThreadPoolExecutor
-    F = _needs("torchvision.transforms.functional", "an image folder")
+    tv = _needs("torchvision.transforms.functional", "an image folder")
     def decode(item):
-        try: x = F.pil_to_tensor(middle(loader(item[0])))
+        try: x = tv.pil_to_tensor(middle(loader(item[0])))
         except Exception as e: return why_broken(e)
-        return x if x.shape[1:] == (size, size) else F.center_crop(F.resize(x, size, antialias=True), [size, size])
+        return x if x.shape[1:] == (size, size) else tv.center_crop(tv.resize(x, size, antialias=True), [size, size])
     with ThreadPoolExecutor() as pool: images = list(pool.map(decode, samples))
     bad = say_broken({p: x for (p, _), x in zip(samples, images) if isinstance(x, str)}, broken)
     good = [(x, y) for x, (_, y) in zip(images, samples) if not isinstance(x, str)]
@@ -428,16 +440,19 @@ def load_caltech256(root, size: int = 32, broken: str = "skip"):
     """(train, test) of Caltech256 from the folder that holds 256_ObjectCategories. It comes without a split: of each of its 257 categories every fifth picture, by name, is a test picture.
 
     What is none of its own pictures, 256_ObjectCategories/001.ak47/001_0001.jpg and so on, is left out and named: 056.dog/greg and 198.spider/RENAME2 came with it by mistake."""
-    folder, sets, foreign = Path(root)/"256_ObjectCategories", ([], []), []
-    categories = [c for c in class_names(folder) if c[:3].isdecimal() and c[3:4] == "."] if folder.exists() else []
+    folder, sets = Path(root)/"256_ObjectCategories", ([], [])
+    entries = _entries(folder) if folder.exists() else []
+    categories = [e.name for e in entries if e.is_dir() and e.name[:3].isdecimal() and e.name[3:4] == "."]
     if not categories: raise DataError(f"{root} holds no Caltech256: expected 256_ObjectCategories/001.ak47/001_0001.jpg, …, saw {_holds(root)}")
+    foreign = [e.path for e in entries if e.name not in categories]
     for y, c in enumerate(categories):
-        entries = _entries(folder/c)
-        own = [e.path for e in entries if e.is_file() and e.name.startswith(f"{c[:3]}_") and e.name.lower().endswith(PICTURES)]
-        foreign += sorted({e.path for e in entries} - set(own))
+        inside = _entries(folder/c)
+        own = [e.path for e in inside if e.is_file() and e.name.startswith(f"{c[:3]}_") and e.name.lower().endswith(PICTURES)]
+        if not own: raise DataError(f"{folder/c} holds no pictures {c[:3]}_0001.jpg, …: unpack Caltech256 again")
+        foreign += [e.path for e in inside if e.path not in own]
         for k, path in enumerate(own): sets[k % 5 == 4].append((path, y))
-        if len(own) < 5: raise DataError(f"{folder/c} holds {len(own)} pictures of Caltech256, one of which in five is to be tested: unpack it again")
     if foreign: print(f"left out, since they are no pictures of Caltech256: {', '.join(foreign)}", file=sys.stderr, flush=True)
+    if not sets[1]: raise DataError(f"{folder} holds no category of five pictures, the fifth of which would be tested: unpack Caltech256 again")
     return tuple(decoded(samples, size, broken) for samples in sets)
 
 # %% ../nbs/03_data.ipynb #777df28a
@@ -651,7 +666,8 @@ class FolderLoader:
         whole = [order[k*self.batch_size:(k + 1)*self.batch_size] for k in range(start, len(self))]
         batches = [b for b in ([(i, seeds[i]) for i in w[share(len(w), self.shard)]] for w in whole) if b]
         cuda = torch.device(self.device).type == "cuda"
-        for batch in torch.utils.data.DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda):
+        own = torch.Generator()                                            # else the loader would draw from torch's, where dropout does
+        for batch in torch.utils.data.DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda, generator=own):
             x, y = self._noted(*batch)
             if len(y) == 0: continue
             yield (x.to(self.device, non_blocking=True).float() - self.mean)/self.std, y.to(self.device, non_blocking=True)
