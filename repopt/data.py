@@ -687,7 +687,7 @@ class FolderLoader:
         whole = [order[k*self.batch_size:(k + 1)*self.batch_size] for k in range(start, len(self))]
         batches = [b for b in ([(i, seeds[i]) for i in w[share(len(w), self.shard)]] for w in whole) if b]
         cuda = torch.device(self.device).type == "cuda"
-        own = generator(self.seed, epoch, "workers")                            # not torch's: a net's dropout may use that
+        own = torch.Generator()                                            # else the loader would draw from torch's, where dropout does
         for batch in torch.utils.data.DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, pin_memory=cuda, generator=own):
             x, y = self._noted(*batch)
             if len(y) == 0: continue

@@ -457,8 +457,7 @@ def test_every_operation_does_what_its_level_says():
     def at(name, level): return np.asarray(data.raug_ops()[name](x, level)).astype(int)
     with data.seeded(1):
         for name in data.raug_ops():
-            level = 4 if name == "Solarize" else 14                     # whose threshold rises with the level, out of reach from 10 on
-            assert at(name, level).shape == a.shape and (at(name, level) != a).any(), name
+            assert at(name, 4).shape == a.shape and (at(name, 4) != a).any(), name
             assert np.array_equal(np.asarray(x), a)                                                   # the picture itself stays
         assert np.array_equal(at("Invert", 3), 255 - a) and (at("Posterize", 2) == 0).all() and np.array_equal(at("Posterize", 14), a & 0b11111000)
         assert np.array_equal(at("SolarizeAdd", 5), np.where(a < 128, np.minimum(a + 55, 255), a)) and np.array_equal(at("Solarize", 5), np.where(a < 128, a, 255 - a))
