@@ -11,8 +11,8 @@ READY  := $(VENV)/.ready
 JOBS   ?= 2
 SEEDS  ?= 5
 EPOCHS ?=
-# not those that papermill left (out.ipynb): they are no part of the project
-NOTEBOOKS = $(filter-out nbs/out%,$(wildcard nbs/*.ipynb))
+# not what papermill was told to write there
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb) nbs/index.ipynb
 # programs are given to Python by name: the first line of a script cannot hold the path of every folder
 RUN    := $(BIN)/python
 # two notebooks or runs at a time, one thread each: on a small net a second thread costs more than it gives
@@ -45,7 +45,7 @@ bench: $(READY)
 	$(RUN) -m repopt.speed --optimizers --models b1,l2 --out figures
 
 notebooks: $(READY)
-	$(RUN) $(BIN)/nbdev_export
+	$(RUN) $(BIN)/nbdev_export --file_re '^(\d.*|index)\.ipynb$$'
 	$(ONE_THREAD) $(RUN) -m nbconvert --log-level WARN --to notebook --execute --inplace $(NOTEBOOKS)
 	$(RUN) $(BIN)/nbdev_clean
 	$(MAKE) README.md

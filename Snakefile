@@ -2,7 +2,7 @@
 # One rule an experiment notebook, executed by papermill. The executed notebook is the rule's log, so that it survives a failure;
 # records go to figures/runs, runs and marks to build/ (git-ignored): a fresh clone really trains.
 #
-#   snakemake --profile profiles/local            the digits recipe, five seeds, in the environment that snakemake itself is in
+#   snakemake --profile profiles/local            the digits recipe, five seeds, in the environment of snakemake itself
 #   snakemake --profile profiles/local --config recipe=cifar seeds=1 data=/data
 #   snakemake --profile profiles/slurm figures --config recipe=imagenet data=/data
 # `search` names the recipe that finds the scales where it is not to be digits (of digits) or cifar (of the others); `epochs` are the recipe's own, cut short.
@@ -32,7 +32,7 @@ for key, number in dict(seeds=SEEDS, epochs=1 if EPOCHS == "" else EPOCHS).items
 
 
 def hold():
-    "Keep every other call out of this folder while this one lasts. The lock goes with the process, also with a killed one."
+    "Keep other calls out of this folder while this one lasts. The lock goes with the process, also with a killed one."
     Path("build").mkdir(exist_ok=True)
     lock = open("build/.lock", "w")
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +75,8 @@ def telling(wildcards): return given(recipe=wildcards.recipe, epochs=EPOCHS)
 
 
 COMMON = given(seeds=SEEDS, out=OUT, data=DATA and Path(str(DATA)).absolute())
-PAPERMILL = ("exec {sys.executable:q} profiles/tied.py {sys.executable:q} -m papermill nbs/{params.notebook}.ipynb {log:q} --cwd nbs "
+PAPERMILL = ("exec {sys.executable:q} profiles/tied.py {sys.executable:q} -m papermill "
+             "nbs/{params.notebook}.ipynb {log:q} --cwd nbs "
              "--log-level ERROR --no-progress-bar --stdout-file /dev/stdout {params.asked:q} {params.common:q}")
 
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['IDENTICAL', 'ORDER', 'QUANTIZED', 'histogram', 'searched', 'plain', 'rep', 'B1', 'qat_as', 'FIELDS', 'ARMS', 'Query',
-           'query', 'metric', 'answer', 'cells', 'table', 'to_csv', 'to_markdown', 'results', 'figures', 'write_all']
+           'query', 'metric', 'answer', 'counted', 'cells', 'table', 'to_csv', 'to_markdown', 'results', 'figures',
+           'write_all']
 
 # %% ../nbs/07_paper.ipynb #140bdde2
 import csv, io
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -78,13 +80,19 @@ rep = dict(optimizer="repsgd", reinitialize=True)
 B1 = dict(model="repoptvgg_b1")
 qat_as = {True: dict(weights="per_channel", norms="own", rate=.1), False: dict(weights="per_channel", norms="none", rate=.01)}   # has the net its batch norms?
 
+@cache
+def counted(name: str) -> dict:
+    "`count` of a net, once"
+    with torch.device("meta"): return count(create_model(name))
+
+
 def cells(table: int) -> dict:
     "{(row, column): Query or a number that is computed} of a table; a cell of the paper that is not named here is one that nothing here can run yet"
     out, small, int8, paper_speed = {}, dict(stand_in=True), dict(stand_in=True, recipes=QUANTIZED), dict(size=224, precision="fp32", compiled=False)
     if table in (1, 2):
         for row in paper_table(table):
             size, vgg = row.split("-")[-1].lower(), row.startswith("RepVGG")
-            with torch.device("meta"): c, t = count(create_model(f"repoptvgg_{size}")), count(create_model(f"{'repvgg' if vgg else 'repoptvgg'}_{size}"))
+            c, t = counted(f"repoptvgg_{size}"), counted(f"{'repvgg' if vgg else 'repoptvgg'}_{size}")
             if table == 1: out |= {(row, "FLOPs (B)"): c["macs"]/1e9, (row, "Params (M)"): c["params"]/1e6}
             else:
                 name = f"{'repvgg' if vgg else 'repoptvgg'}_{size}"

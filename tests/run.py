@@ -1,12 +1,14 @@
 """`make test`: nbdev_test on every notebook, then pytest on tests/; closes with 'N passed, N failed' counted from what ran.
 
-nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to complete.
+nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to
+complete. What was slowest is said before the last line, notebooks and tests together.
 """
 import argparse, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+NOTEBOOK = r"(\d.*|index)\.ipynb"                                          # not what papermill was told to write there
 
 
 def stream(*command):
@@ -20,25 +22,29 @@ def stream(*command):
 
 
 def notebooks(jobs):
-    "(passed, failed) of `nbdev_test` over every notebook in nbs/"
-    want = {p.name for p in (ROOT/"nbs").glob("*.ipynb") if not p.name.startswith("_")}
-    rc, out = stream(BIN/"nbdev_test", "--do_print", "--timing", "--n_workers", jobs)
+    "(passed, failed, {name: seconds}) of `nbdev_test` over every notebook in nbs/"
+    want = {p.name for p in (ROOT/"nbs").glob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name)}
+    how = ["--do_print", "--timing", "--n_workers", jobs, "--file_re", f"^{NOTEBOOK}$"]
+    rc, out = stream(sys.executable, BIN/"nbdev_test", *how)
     done = {Path(m).name for m in re.findall(r"^- Completed (.+\.ipynb)$", out, re.M)}
     failed = set(re.findall(r"^\t(\S+\.ipynb)$", out, re.M))
     missing = want - done - failed
     if missing: print("never completed:", *sorted(missing))
     failed |= missing
     if rc and not failed: failed = {"nbdev_test itself"}
-    return len(want - failed), len(failed)
+    times = {name: float(seconds) for name, seconds in re.findall(r"^(\S+\.ipynb): (\d+) secs$", out, re.M)}
+    return len(want - failed), len(failed), times
 
 
 def pytests(jobs):
-    "(passed, failed) of pytest over tests/, whole files at a time; Slurm's, the longest, first"
+    "(passed, failed, {name: seconds}) of pytest over tests/, whole files at a time; Slurm's, the longest, first"
     files = sorted((ROOT/"tests").glob("test_*.py"), key=lambda p: p.stem != "test_slurm")
-    rc, out = stream(sys.executable, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "12", *files)
+    how = ["-q", "-n", jobs, "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "12"]
+    rc, out = stream(sys.executable, "-m", "pytest", *how, *files)
     count = lambda word: sum(map(int, re.findall(rf"(\d+) {word}", out.strip().splitlines()[-1])))
     passed, failed = count("passed"), count("failed") + count("error")
-    return passed, failed + (rc != 0 and failed == 0)
+    times = {name: float(seconds) for seconds, name in re.findall(r"^([\d.]+)s call +(\S+::\S.*)$", out, re.M)}
+    return passed, failed + (rc != 0 and failed == 0), times
 
 
 if __name__ == "__main__":
@@ -46,7 +52,9 @@ if __name__ == "__main__":
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--jobs", type=int, default=2, help="notebooks, and then files of tests/, at a time")
     jobs, start = args.parse_args().jobs, time.time()
-    counts = [notebooks(jobs), pytests(jobs)]
-    passed, failed = map(sum, zip(*counts))
+    (*books, slow), (*tests, slower) = notebooks(jobs), pytests(jobs)
+    passed, failed = map(sum, zip(books, tests))
+    slowest = sorted((slow | slower).items(), key=lambda x: -x[1])[:12]
+    print("slowest:", *(f"{seconds:6.0f} s  {name}" for name, seconds in slowest), sep="\n")
     print(f"{time.time() - start:.0f} s\n{passed} passed, {failed} failed")
     sys.exit(1 if failed or not passed else 0)
