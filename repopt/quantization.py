@@ -280,7 +280,7 @@ def deployed(model: nn.Module) -> nn.Module:
 def _data(run: Run, augment: bool, data):
     "The data a run was trained on"
     r = Recipe(**run.record["asked"]["recipe"])
-    return r, load_data(r.data, r.batch_size, r.augment if augment else "none", r.image_size, r.test_size, data, run.record["asked"]["seed"])
+    return r, load_data(r.data, r.batch_size, r.augment, r.image_size, r.test_size, data, run.record["asked"]["seed"], augmented=augment)
 
 
 def _record(experiment, run, q, asked, metrics, start, out):
@@ -300,7 +300,7 @@ def ptq(run: Run, weights: str = "per_channel", activations: str = "histogram", 
 def ptq_weights(weights, recipe: Recipe, model=None, data=None, images: int = 512) -> dict:
     "Top-1 of the weights in a file, published or of a run, before and after PTQ: {'fp32', 'per_tensor', 'per_channel'}. ValueError where they do not fit the net."
     r = resolve(recipe, "cpu")
-    d = load_data(r.data, r.batch_size, "none", r.image_size, r.test_size, data, classes=r.num_classes)
+    d = load_data(r.data, r.batch_size, r.augment, r.image_size, r.test_size, data, classes=r.num_classes, augmented=False)
     net = deployed(load_weights(weights, r, model, in_chans=d.channels))
     nets = {"fp32": net, **{w: quantize(net, d.train.epoch(0), w, images=images) for w in ("per_tensor", "per_channel")}}
     return {k: evaluate(m, d.test.epoch(), r)["top1"] for k, m in nets.items()}
