@@ -166,6 +166,7 @@ def _names(group) -> list:
 def _by_name(self, state_dict) -> dict:
     "`state_dict` with its groups and parameters in our order. ValueError where their names are others."
     theirs = {n: (g, i) for g in state_dict["param_groups"] for n, i in zip(_names(g), g["params"])}
+    if len(theirs) != sum(len(g["params"]) for g in state_dict["param_groups"]): raise ValueError("this state_dict names a parameter twice: it is damaged")
     groups = []
     for own in self.param_groups:
         names = list(map(strip_prefix, own["param_names"]))
@@ -454,6 +455,8 @@ def _rule_step(self):
         for g in fuse: g["fused"] = None
         for p, g in ours: p.grad = g
     for (i, t), views in jobs.items(): self._update(i, t, [v for v in views if v["P"] or v["corner"]])
+    for p, _ in ours:
+        if not self.state[p]: del self.state[p]                                # as torch, which keeps none for SGD without momentum
 
 RepOptimizer._rule_step = _rule_step
 
