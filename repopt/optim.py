@@ -6,8 +6,9 @@
 __all__ = ['SGD', 'ADAM', 'NADAM', 'RADAM', 'RMSPROP', 'ADAGRAD', 'RPROP', 'LION', 'ADAMAX', 'ADADELTA', 'ONE_PASS', 'RULES',
            'REFUSED', 'RepSGD', 'RepASGD', 'RepAdam', 'RepAdamW', 'RepNAdam', 'RepRAdam', 'RepRMSprop', 'RepAdagrad',
            'RepRprop', 'RepAdamax', 'RepAdadelta', 'RepLion', 'named_groups', 'param_groups', 'RepOptimizer',
-           'grad_mult_for', 'memory_order', 'flat', 'Term', 'combine', 'Terms', 'Rule', 'per_branch', 'multiply_grads',
-           'rep_optimizer', 'Explicit', 'clip_grad_norm_', 'check_equivalence', 'attach']
+           'grad_mult_for', 'unhooked', 'memory_order', 'flat', 'reach', 'Term', 'combine', 'Terms', 'Rule',
+           'per_branch', 'multiply_grads', 'rep_optimizer', 'Explicit', 'clip_grad_norm_', 'check_equivalence',
+           'attach']
 
 # %% ../nbs/01b_optim.ipynb #17ee802c
 import warnings
@@ -19,17 +20,20 @@ from types import FunctionType
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .csla import CSLA, Conv, Depthwise, equivalent_kernel
-from .grad_mult import GradMult, named_branch
+from .csla import CSLA, Branch, equivalent_kernel
+from .grad_mult import GradMult, constants, named_branch
 from .scales import Scales, check_fit, strip_prefix
 
 # %% ../nbs/01b_optim.ipynb #13adf8cd
 def named_groups(params) -> list:
     "`params` as torch takes them, as a list of groups of (name, tensor). ValueError where names are missing."
+    _ordered(params)
     groups = list(params)
     if not groups: raise ValueError("optimizer got an empty parameter list")
     groups = [dict(g) for g in groups] if isinstance(groups[0], dict) else [dict(params=groups)]
     for g in groups:
+        if "params" not in g: raise ValueError(f"a group of parameters without 'params', only {', '.join(map(repr, g)) or 'nothing'}")
+        _ordered(g["params"])
         g["params"] = [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])
         if not all(isinstance(p, tuple) and len(p) == 2 for p in g["params"]):
             raise ValueError("a RepOptimizer joins scales and parameters by name: pass model.named_parameters(), or groups of (name, parameter)")
@@ -39,15 +43,27 @@ def named_groups(params) -> list:
     if wrong := [n for n, p in named if p.is_complex() or p.is_sparse]: raise ValueError(f"complex and sparse parameters have no Grad Mult: {', '.join(wrong)}")
     return groups
 
+
+def _ordered(params) -> None:
+    "TypeError, as torch's, for parameters that come in no order: their state could not be told apart after a restart"
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("parameters must be in an ordered collection, not a set, whose order differs from one process to the next: pass a list")
+
 # %% ../nbs/01b_optim.ipynb #16f53006
 def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
-    "Two named groups, `decay` (kernels, linear weights, identity scalings) and `no_decay` (norms, biases, Hyper-Search scales)."
+    """Two named groups, `decay` (kernels, linear weights, identity scalings) and `no_decay` (norms, biases, 1-d parameters, Hyper-Search scales).
+
+    Frozen parameters are in them too, as in `model.parameters()`: they get no gradient and stay. A tied one comes once."""
     groups = dict(decay=dict(params=[], weight_decay=weight_decay, name="decay"), no_decay=dict(params=[], weight_decay=0., name="no_decay"))
+    seen = set()
     for path, m in model.named_modules():
-        norm = isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
+        norm = isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
         for n, p in m.named_parameters(recurse=False):
-            free = norm or n == "bias" or (isinstance(m, CSLA) and n.startswith("scale_"))
-            if p.requires_grad: groups["no_decay" if free else "decay"]["params"].append((f"{path}.{n}" if path else n, p))
+            if id(p) in seen: continue
+            seen.add(id(p))
+            branch = isinstance(m, CSLA) and n.startswith("theta_")                # an identity's scaling is a kernel, though 1-d
+            free = norm or n == "bias" or (p.ndim < 2 and not branch)
+            groups["no_decay" if free else "decay"]["params"].append((f"{path}.{n}" if path else n, p))
     return [g for g in groups.values() if g["params"]]
 
 # %% ../nbs/01b_optim.ipynb #b59a145c
@@ -57,24 +73,41 @@ class RepOptimizer:
 
     def _bind(self, params, scales, plain) -> list:
         "Check everything, before anything is built. Returns the groups for torch's `__init__`."
+        if not isinstance(scales, Mapping):
+            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}: load_scales(name), "
+                             f"Scales.initial(model), or the scales of a search")
         groups = named_groups(params)
         self.scales, self.plain = scales if isinstance(scales, Scales) else Scales(scales), tuple(plain)
-        check_fit(self.scales, [p for g in groups for p in g["params"]], self.plain)
+        self._check_kernels([p for g in groups for p in g["params"]])
         self._fresh()
-        return groups
+        return [{**g, "scales_sha256": self.scales.hash} for g in groups]
+
+    def _check_kernels(self, named, names=None) -> None:
+        "ValueError unless the scales (of the kernels `names`, else all) fit the parameters, each of which can be stepped"
+        check_fit(self.scales if names is None else {n: s for n, s in self.scales.items() if n in names}, named, self.plain)
+        for n, p in named:
+            if strip_prefix(n) not in self.scales: continue
+            if p.numel() == 0: raise ValueError(f"{n} has no entries, its shape is {tuple(p.shape)}: name it in plain=[…] and leave its scales out")
+            try: memory_order(_local(p))
+            except ValueError as e: raise ValueError(f"{n}: {e}") from None
 
     def _fresh(self): self._mult_cache, self._views, self._ages, self._compiled, self._told = {}, {}, {}, {}, False
 
     def add_param_group(self, param_group):
         "As torch's, with names; a 4-d parameter without scales must match a glob in `plain`."
         group, = named_groups([param_group])
-        names = {strip_prefix(n) for n, _ in group["params"]}
-        check_fit({n: s for n, s in self.scales.items() if n in names}, group["params"], self.plain)
+        self._check_kernels(group["params"], {strip_prefix(n) for n, _ in group["params"]})
         self._check_group({**self.defaults, **group})
-        super().add_param_group(group)
+        super().add_param_group({**group, "scales_sha256": self.scales.hash})
 
     def _check_group(self, group):
-        "ValueError for options with which this rule is not exact"
+        "ValueError for options with which this rule is not exact: when a group is added, and at each step, since options may change"
+        name = type(self).__name__
+        if group.get("differentiable"): raise ValueError(f"{name}: differentiable=True is not supported: the step is made in place")
+        if group.get("capturable") and self.rule in (NADAM, RADAM):
+            raise ValueError(f"{name}: capturable=True is not supported: its schedule of momentum is counted on the host")
+        if group.get("eps_form", "branch") != "branch" and not (group["eps_form"] == "sum" and self.rule is ADAM):
+            raise ValueError(f"eps_form must be 'branch', or 'sum' for Adam and AdamW, not {group['eps_form']!r}")
         if self.rule is not None and self.rule.coupled and not _decoupled(group, self):
             raise ValueError(f"{type(self).__name__} with coupled weight_decay is not exact: the decay enters the gradient that the rule normalises. Use a decoupled rule (RepAdamW, "
                              f"or decoupled_weight_decay=True where torch has it), or rep_optimizer({self.torch_class.__name__}, rule='explicit')")
@@ -94,6 +127,12 @@ def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
 
 def _decoupled(group, opt): return group.get("weight_decay", 0) == 0 or group.get("decoupled_weight_decay") or isinstance(opt, torch.optim.AdamW)
 
+
+def unhooked(step: Callable) -> Callable:
+    "A torch optimizer's `step` without what torch puts around it to call hooks: whoever calls another's step inside his own would have them called twice"
+    while getattr(step, "hooked", False): step = step.__wrapped__
+    return step
+
 # %% ../nbs/01b_optim.ipynb #1da40e6e
 def _getstate(self): return {**super(RepOptimizer, self).__getstate__(), "scales": self.scales, "plain": self.plain, "compiled": self.compiled}
 
@@ -105,33 +144,79 @@ def _state_dict(self):
 
 def _check_scales(self, state_dict):
     "ValueError if `state_dict` was made with other scales or without any"
-    if "scales" not in state_dict: raise ValueError(f"this state_dict carries no scales: it was not made by {type(self).__name__}")
+    if "scales" not in state_dict:                                             # torch.distributed.checkpoint keeps the groups alone
+        hashes = {g.get("scales_sha256") for g in state_dict.get("param_groups", ())}
+        if hashes == {self.scales.hash}: return
+        if hashes <= {None}: raise ValueError(f"this state_dict carries no scales: it was not made by {type(self).__name__}")
+        raise ValueError(f"this state_dict belongs to an optimizer with other scales: theirs have the sha256 {', '.join(str(h)[:10] for h in hashes)}, these {self.scales.hash[:10]}")
     other = Scales(state_dict["scales"])
     if other.hash == self.scales.hash: return
     differ = [p for p in {*other, *self.scales} if p not in other or p not in self.scales or Scales({p: other[p]}).hash != Scales({p: self.scales[p]}).hash]
     raise ValueError(f"this state_dict belongs to an optimizer with other scales; they differ for {len(differ)} parameters, the first is {sorted(differ)[0]}")
 
+
+def _names(group) -> list:
+    "The parameters' names in a group of a state_dict, without wrappers' prefixes"
+    ids = group["params"]
+    names = ids if ids and all(isinstance(i, str) for i in ids) else group.get("param_names", ())      # torch.distributed.checkpoint has names for ids
+    if len(names) != len(ids): raise ValueError("this state_dict does not say which parameters its state belongs to (a group without param_names): it cannot be joined to ours by name")
+    return [strip_prefix(n) for n in names]
+
+
+def _by_name(self, state_dict) -> dict:
+    "`state_dict` with its groups and parameters in our order. ValueError where their names are others."
+    theirs = {n: (g, i) for g in state_dict["param_groups"] for n, i in zip(_names(g), g["params"])}
+    if len(theirs) != sum(len(g["params"]) for g in state_dict["param_groups"]): raise ValueError("this state_dict names a parameter twice: it is damaged")
+    groups = []
+    for own in self.param_groups:
+        names = list(map(strip_prefix, own["param_names"]))
+        if missing := [n for n in names if n not in theirs]: raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is {missing[0]}")
+        group = theirs[names[0]][0] if names else {k: v for k, v in own.items()}
+        if names and set(_names(group)) != set(names): raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
+        groups.append({**group, "params": [theirs[n][1] for n in names], "param_names": list(own["param_names"])})
+    ours = {n for g in self.param_groups for n in map(strip_prefix, g["param_names"])}
+    if extra := [n for n in theirs if n not in ours]: raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is {extra[0]}")
+    return {**state_dict, "param_groups": groups}
+
+
 def _load_state_dict(self, state_dict):
-    "torch's; ValueError, before anything changes, if the scales are not these"
+    "torch's, joined by name; ValueError, before anything changes, if the scales, the names or the groups are not these"
     self._check_scales(state_dict)
-    super(RepOptimizer, self).load_state_dict({k: v for k, v in state_dict.items() if k != "scales"})
+    state_dict = self._by_name({k: v for k, v in state_dict.items() if k != "scales"})
+    for group in state_dict["param_groups"]: self._check_group({**self.defaults, **group})
+    for group in state_dict["param_groups"]: group["scales_sha256"] = self.scales.hash
+    super(RepOptimizer, self).load_state_dict(state_dict)
 
 def _reduce(self, _): return _rebuild, (self.torch_class, self.way), self.__getstate__()
 
 RepOptimizer.__getstate__, RepOptimizer.__setstate__, RepOptimizer.__reduce_ex__ = _getstate, _setstate, _reduce
-RepOptimizer.state_dict, RepOptimizer.load_state_dict, RepOptimizer._check_scales = _state_dict, _load_state_dict, _check_scales
+RepOptimizer.state_dict, RepOptimizer.load_state_dict = _state_dict, _load_state_dict
+RepOptimizer._check_scales, RepOptimizer._by_name = _check_scales, _by_name
 
 # %% ../nbs/01b_optim.ipynb #940e79dd
-def memory_order(p: Tensor) -> str:
-    "'rows' for a contiguous kernel, 'channels_last' for that layout; ValueError for any other, which has no flat view"
-    if p.is_contiguous(): return "rows"
-    if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last): return "channels_last"
-    raise ValueError(f"a kernel with shape {tuple(p.shape)} and strides {p.stride()} is neither contiguous nor channels_last: call .contiguous() on it first")
+def memory_order(p: Tensor) -> tuple:
+    "The dimensions of a kernel in the order in which they lie in memory, its rows first; ValueError for a kernel with gaps, or whose rows do not lie together"
+    order = (0, *sorted(range(1, p.ndim), key=lambda d: (-p.stride(d), d))) if p.numel() else tuple(range(p.ndim))
+    if p.is_contiguous(): return tuple(range(p.ndim))
+    if p.permute(order).is_contiguous(): return order
+    raise ValueError(f"a kernel with shape {tuple(p.shape)} and strides {p.stride()} has no flat view, row by row: call .contiguous() on it first")
 
 
-def flat(t: Tensor, order: str) -> Tensor:
+def flat(t: Tensor, order: tuple) -> Tensor:
     "`t` as `[O, L]` in the memory order of its kernel: a view of a tensor that has that order, a copy of one that has not"
-    return (t.permute(0, 2, 3, 1) if order == "channels_last" else t).reshape(t.shape[0], -1)
+    return t.permute(order).reshape(t.shape[0], -1)
+
+
+def reach(branch: Branch, shape) -> tuple:
+    """The entries of a kernel of `shape` that a branch reaches, by its own `view`: (columns, None) where they are the same in every row, else (columns `[O, n]`, rows' own).
+
+    Columns count as in a contiguous row."""
+    W = torch.empty(shape, device="meta")
+    view, L = branch.view(W), W[:1].numel()
+    same = view.shape[0] == W.shape[0] and view.stride(0) == W.stride(0)
+    at = torch.tensor(view.storage_offset(), device="cpu")
+    for n, step in list(zip(view.shape, view.stride()))[same:]: at = at.unsqueeze(-1) + torch.arange(n, device="cpu")*step
+    return (at.flatten(), None) if same else (at.reshape(W.shape[0], -1) % L, True)
 
 # %% ../nbs/01b_optim.ipynb #5bb63c66
 class Term(NamedTuple):
@@ -142,7 +227,10 @@ class Term(NamedTuple):
 
     def only(self, value): "`value` where the branch reaches, 0 elsewhere"; return value if self.mask is None else value*self.mask
 
-    def rows(self, at: slice): return self._replace(alpha=self.alpha[at])
+    def rows(self, at: slice):
+        own = self.mask is not None and len(self.mask) > 1                      # a mask of one row is every row's
+        return self._replace(alpha=self.alpha[at], mask=self.mask[at] if own else self.mask)
+
     def to(self, device): return self._replace(alpha=self.alpha.to(device), mask=None if self.mask is None else self.mask.to(device))
 
 
@@ -154,20 +242,43 @@ def combine(terms, fn: Callable) -> Tensor:
 class Terms:
     """The branches of a kernel, or of a shard of its rows that begins with `first_row`.
 
-    `segments`: [(first column, last, [Term])], one where each smaller branch's columns are scattered. With an identity, `diagonal`: the flat index `[O]` of the entries it reaches, and `there`: the terms of all branches at them."""
-    def __init__(self, scales: Mapping, p: Tensor, order: str, first_row: int = 0):
-        kw, at = dict(device="cpu", dtype=torch.float64 if p.dtype == torch.float64 else torch.float32), slice(first_row, first_row + len(p))
-        whole, self.there, self.diagonal = [], [], None
-        for name, s in scales.items():
-            b, alpha = named_branch(name), (torch.ones_like(s) if name == "identity" else s.abs())[at].to(**kw)
-            self.there.append(Term(name, alpha))
-            if isinstance(b, Depthwise): self.diagonal = self._diagonal(p, order, first_row)
-            else:
-                mask = flat(self._reached(b, p, torch.ones((), **kw)), order)
-                whole.append(Term(name, alpha.reshape(-1, 1), None if mask.all() else mask))
-        self.segments = [(a, b, [t.to(p.device) for t in terms]) for a, b, terms in self._cut(whole, p[:1].numel())]
+    `segments`: [(first column, last, [Term])], one where each smaller branch's columns are scattered. With a branch whose
+    columns differ from row to row, as an identity's do, `scattered`: the flat indices of the entries it reaches, and
+    `there`: the terms of all branches at them."""
+    def __init__(self, scales: Mapping, p: Tensor, order: tuple, first_row: int = 0):
+        kw, rows = dict(device="cpu", dtype=torch.float64 if p.dtype == torch.float64 else torch.float32), slice(first_row, first_row + len(p))
+        alphas = {n: a.abs()[rows].to(**kw) for n, a in constants(scales).items()}
+        L, shape = p[:1].numel() or 1, (len(next(iter(scales.values()))), *p.shape[1:])
+        place = torch.empty(L, dtype=torch.long, device="cpu")                   # of a column of a contiguous row, in memory
+        place[flat(torch.arange(L, device="cpu").reshape(1, *p.shape[1:]), order)[0]] = torch.arange(L, device="cpu")
+        reached = {n: reach(named_branch(n), shape) for n in scales}
+        columns = {n: place[at] if own is None else place[at[rows]] for n, (at, own) in reached.items()}
+        whole = [Term(n, alphas[n].reshape(-1, 1), self._mask(columns[n], L, kw)) for n in scales if reached[n][1] is None]
+        self.segments = [(a, b, [t.to(p.device) for t in terms]) for a, b, terms in self._cut(whole, L)]
+        self.there, self.scattered = self._meet(alphas, columns, {n for n in scales if reached[n][1]}, L, kw)
         self.there = [t.to(p.device) for t in self.there]
-        if self.diagonal is not None: self.diagonal = self.diagonal.to(p.device)
+        if self.scattered is not None: self.scattered = self.scattered.to(p.device)
+
+    @staticmethod
+    def _mask(columns, L, kw):
+        "`[1, L]`, 1 in these columns; None for all"
+        if len(columns) == L: return None
+        return torch.zeros(1, L, **kw).index_fill_(1, columns, 1)
+
+    @staticmethod
+    def _meet(alphas, columns, own, L, kw):
+        "(the terms of all branches at the entries that the branches in `own` reach, the flat indices of these); ([], None) without such branches"
+        if not own: return [], None
+        at = torch.cat([columns[n] for n in sorted(own)], 1).sort(1).values
+        first = torch.ones_like(at, dtype=torch.bool)
+        first[:, 1:] = at[:, 1:] != at[:, :-1]                                  # as many in every row: the pattern moves with the channel
+        O, at = len(at), at[first].reshape(len(at), int(first[:1].sum()))
+        terms = []
+        for n, alpha in alphas.items():
+            have = (at.unsqueeze(-1) == columns[n].unsqueeze(1)).any(-1) if n in own else torch.isin(at, columns[n])
+            mask = None if have.all() else have.flatten().to(**kw)
+            if have.any(): terms.append(Term(n, alpha.repeat_interleave(at.shape[1]), mask))
+        return terms, (torch.arange(O, device="cpu").unsqueeze(1)*L + at).flatten()
 
     @staticmethod
     def _cut(terms, L):
@@ -178,24 +289,8 @@ class Terms:
         cut = [(a, b, [Term(t.branch, t.alpha) for t in terms if t.mask is None or t.mask[0, a] > 0]) for a, b in zip(edges, edges[1:])]
         return [c for c in cut if c[2]]
 
-    @staticmethod
-    def _reached(b, p, value):
-        "One row of a kernel, with `value` where branch `b` reaches it"
-        row = view = torch.zeros((1, *p.shape[1:]), dtype=value.dtype, device="cpu")
-        for d, k in enumerate(b.sizes(p), 2): view = view.narrow(d, (p.shape[d] - k)//2, k)
-        view.copy_(value)
-        return row
-
-    def _diagonal(self, p, order, first_row):
-        n = p.shape[1]
-        channel = flat(self._reached(Conv(1), p, torch.arange(1, n + 1, device="cpu").reshape(1, -1, *[1] * (p.ndim - 2))), order)[0]
-        place = torch.empty(n, dtype=torch.long, device="cpu")
-        place[channel[channel > 0] - 1] = channel.nonzero()[:, 0]
-        rows = torch.arange(len(p), device="cpu")
-        return rows*channel.numel() + place[(rows + first_row) % n]
-
     @property
-    def nbytes(self): return sum(t.nbytes for t in {id(t): t for terms in (self.there, *(x for *_, x in self.segments)) for term in terms for t in term[1:] if t is not None}.values()) + (0 if self.diagonal is None else self.diagonal.nbytes)
+    def nbytes(self): return sum(t.nbytes for t in {id(t): t for terms in (self.there, *(x for *_, x in self.segments)) for term in terms for t in term[1:] if t is not None}.values()) + (0 if self.scattered is None else self.scattered.nbytes)
 
 # %% ../nbs/01b_optim.ipynb #2c98deb7
 @dataclass(frozen=True)
@@ -355,11 +450,13 @@ def _rule_step(self):
     fuse = [g for g in self.param_groups if g.get("fused", True) is None and g.get("foreach") is None] if self._compiles(sum(p.numel() for p, _ in ours)) else []
     try:
         for g in fuse: g["fused"] = True                                      # where we compile, torch may fuse what is left: norms, biases, the classifier
-        super(RepOptimizer, self).step()
+        self._torch_step()
     finally:
         for g in fuse: g["fused"] = None
         for p, g in ours: p.grad = g
-    for (i, t), views in jobs.items(): self._update(i, t, [v for v in views if v["P"]])
+    for (i, t), views in jobs.items(): self._update(i, t, [v for v in views if v["P"] or v["corner"]])
+    for p, _ in ours:
+        if not self.state[p]: del self.state[p]                                # as torch, which keeps none for SGD without momentum
 
 RepOptimizer._rule_step = _rule_step
 
@@ -390,7 +487,7 @@ def _view(self, name, p, group) -> dict:
         whole, T = flat(local, order), Terms(self.scales[name], local, order, _first_row(p))
         v = self._views[name] = dict(p=p, at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T, edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
                                      P=[whole[:, a:b] for a, b, _ in T.segments] if len(whole) else [], S=[{n: s[:, a:b] for n, s in flats.items()} for a, b, _ in T.segments],
-                                     corner=None if T.diagonal is None else [whole.view(-1), *(s.view(-1) for s in flats.values())])
+                                     corner=None if T.scattered is None or not len(whole) else [whole.view(-1), *(s.view(-1) for s in flats.values())])
     return v
 
 
@@ -415,13 +512,13 @@ def _update(self, i, t, views):
     P, S, T = ([x for v in views for x in v[k]] for k in "PST")
     grads = [flat(_local(v["p"].grad), v["order"]) for v in views]
     G = [g[:, a:b] for v, g in zip(views, grads) for a, b in v["edges"]]
-    corners = [(v, [x.index_select(0, v["terms"].diagonal) for x in (*v["corner"], g.reshape(-1))]) for v, g in zip(views, grads) if v["corner"]]
+    corners = [(v, [x.index_select(0, v["terms"].scattered) for x in (*v["corner"], g.reshape(-1))]) for v, g in zip(views, grads) if v["corner"]]
     for v, (w, *state, g) in corners: P.append(w); S.append(dict(zip(v["state"], state))); G.append(g); T.append(v["terms"].there)
     if group.get("maximize"): G = [-g for g in G]
     flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if group.get("capturable") else t) if views else {}
     self._run((i, flags), P, G, S, T, k)
     for v, parts in corners:
-        for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].diagonal, y)
+        for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].scattered, y)
 
 
 def _run(self, key, P, G, S, T, k):
@@ -463,11 +560,22 @@ def _compiles(self, numel): return numel > 5_000_000 if self.compiled is None el
 RepOptimizer._update, RepOptimizer._run, RepOptimizer._compiles = _update, _run, _compiles
 
 # %% ../nbs/01b_optim.ipynb #4ce29bd4
+def _multiplied(m: GradMult, p: Tensor) -> Tensor:
+    "The product of a Grad Mult and `p`'s gradient, a new tensor; of an FSDP2 parameter the rows that this process holds"
+    if p.grad.is_sparse: raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
+    g = p.grad.clone()
+    if not hasattr(p, "placements"): return m.mul_(g)
+    first, local = _first_row(p), g.to_local()
+    local.mul_(m.dense()[first:first + len(local)])
+    return g
+
+
 def multiply_grads(pairs) -> Callable:
     "Replace the gradient of every (GradMult, parameter) by its product. Returns a function that puts the gradients back."
+    pairs = list(pairs)
     found = [(p, p.grad) for m, p in pairs if m is not None and p.grad is not None]
     for m, p in pairs:
-        if m is not None and p.grad is not None: p.grad = m.mul_(p.grad.clone())
+        if m is not None and p.grad is not None: p.grad = _multiplied(m, p)
     def back():
         for p, g in found: p.grad = g
     return back
@@ -476,17 +584,24 @@ def multiply_grads(pairs) -> Callable:
 def _gradient_step(self):
     "Torch's own step on gradients multiplied by Σα²"
     back = multiply_grads([mp for g in self.param_groups for mp in zip(self._mults(g), g["params"])])
-    try: super(RepOptimizer, self).step()
+    try: self._torch_step()
     finally: back()
 
-RepOptimizer._gradient_step = _gradient_step
+
+def _torch_step(self):
+    "The step of torch's own class, its hooks left to ours"
+    unhooked(super(RepOptimizer, type(self)).step)(self)
+
+RepOptimizer._gradient_step, RepOptimizer._torch_step = _gradient_step, _torch_step
 
 # %% ../nbs/01b_optim.ipynb #af37a53e
+@torch._disable_dynamo                                                        # what pays is compiled inside
 @torch.no_grad()
 def _step(self, closure=None):
-    "One step. `closure` as in torch: called once, with gradients enabled."
+    "One step. `closure` as in torch: called once, with gradients enabled. ValueError for options of a group with which it would not be exact."
+    for group in self.param_groups: self._check_group(group)
     with torch.enable_grad(): loss = None if closure is None else closure()
-    quiet = [] if self._told else [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"]) if p.grad is None and strip_prefix(n) in self.scales]
+    quiet = [] if self._told else [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"]) if p.grad is None and p.requires_grad and strip_prefix(n) in self.scales]
     if quiet and any(p.grad is not None for g in self.param_groups for p in g["params"]):
         self._told = True
         warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: frozen, unused, or replaced after the optimizer was built?")
@@ -541,9 +656,6 @@ def _rebuild(cls, rule): c = rep_optimizer(cls, rule); return c.__new__(c)
 class _Ruled(RepOptimizer):
     "What the classes of `rep_optimizer` share. `compiled`: None compiles the step of a large model; `eps_form='sum'`: Adam's cheaper, inexact form."
     def __init__(self, params, *args, scales: Mapping, plain=(), compiled: bool | None = None, eps_form: str = "branch", **kwargs):
-        if eps_form not in ("branch", "sum") or (eps_form == "sum" and self.rule is not ADAM): raise ValueError(f"eps_form must be 'branch', or 'sum' for Adam and AdamW, not {eps_form!r}")
-        if kwargs.get("differentiable"): raise ValueError(f"{type(self).__name__}: differentiable=True is not supported: the step is made in place")
-        if kwargs.get("capturable") and self.rule in (NADAM, RADAM): raise ValueError(f"{type(self).__name__}: capturable=True is not supported: its schedule of momentum is counted on the host")
         groups = self._bind(params, scales, plain)
         self.compiled = {(True, False): True, (False, True): False}.get((bool(kwargs.get("fused")), bool(kwargs.get("foreach")))) if compiled is None else compiled
         super().__init__([{**g, "eps_form": eps_form} for g in groups], *args, **kwargs)
@@ -554,6 +666,8 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
     "Any torch optimizer on explicit branches: exact for every rule. `rep_optimizer(cls, 'explicit')` makes its subclasses; costs a copy of the kernels and their state."
     def __init__(self, params, *args, scales: Mapping, plain=(), thetas: Mapping | None = None, **kwargs):
         groups = self._bind(params, scales, plain)
+        if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
+            raise ValueError(f"{type(self).__name__}: explicit branches need whole kernels, and these are sharded: use a rule that is stepped on shards, or replicate the model")
         self._bound = {strip_prefix(n): p for g in groups for n, p in g["params"] if strip_prefix(n) in self.scales}
         self._beyond = {}
         self.thetas = {n: self._split(n, p, (thetas or {}).get(n)) for n, p in self._bound.items()}
@@ -562,40 +676,58 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
 
     def _inner(self, group):
         "The same group with every kernel's branches in its place"
-        return {**group, "params": [q for n, p in group["params"] for q in (self.thetas[strip_prefix(n)].values() if strip_prefix(n) in self._bound else [p])]}
+        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in (self.thetas[strip_prefix(n)].values() if strip_prefix(n) in self._bound else [p])]}
 
-    def _check_group(self, group):
+    def add_param_group(self, param_group):
         if len(self.param_groups) >= len(self.inner.param_groups): raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is built")
+        torch.optim.Optimizer.add_param_group(self, param_group)
 
-    def _constants(self, name): return {b: torch.ones_like(s) if b == "identity" else s for b, s in self.scales[name].items()}
+    def _check_group(self, group): "Any option of the inner class is exact"
+
+    def _maps(self, name, p) -> tuple:
+        "({branch: its map}, {branch: its constant}) of a kernel"
+        return {b: named_branch(b) for b in self.scales[name]}, {b: a.to(p) for b, a in constants(self.scales[name]).items()}
+
+    def _kernel(self, name, p) -> Tensor:
+        "ΣαLθ, and what stands in `p` where no branch reaches"
+        maps, alphas = self._maps(name, p)
+        W = equivalent_kernel(maps, alphas, self.thetas[name], p)
+        return W if name not in self._beyond else torch.where(self._beyond[name], p, W)
 
     @torch.no_grad()
     def _split(self, name, p, given):
         "{branch: its parameter}, as a matrix where the rule takes nothing else (Muon)"
-        alphas, M = self._constants(name), grad_mult_for(p, self.scales[name]).dense()
+        (maps, alphas), M = self._maps(name, p), grad_mult_for(p, self.scales[name]).dense()
         if not M.all(): self._beyond[name] = M == 0                             # entries that no branch reaches stay as they are
         whole, out = torch.where(M > 0, p/M, torch.zeros_like(p)), {}
-        for b, a in alphas.items():
-            branch = named_branch(b)
-            theta = branch.view(whole)*branch.per_channel(a.to(p), p) if given is None else given[b].detach().reshape(branch.view(whole).shape)
+        for b, branch in maps.items():
+            theta = branch.view(whole)*branch.per_channel(alphas[b], p) if given is None else given[b].detach().reshape(branch.view(whole).shape)
             out[b] = nn.Parameter(theta.reshape(len(p), -1) if self.torch_class.__name__ == "Muon" else theta.reshape(branch.theta_shape(p)).clone())
         return out
 
     @torch.no_grad()
+    def _take_over(self, name, p):
+        "Where the kernel is not the one that the branches made (loaded, pruned, an average put in), split the difference among them as at the start"
+        apart = p - self._kernel(name, p)
+        if not apart.any(): return
+        for b, theta in self._split(name, apart, None).items(): self.thetas[name][b].add_(theta)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
     def step(self, closure=None):
         "Give each branch its gradient αLᵀg, let the rule step, write W = ΣαLθ"
         with torch.enable_grad(): loss = None if closure is None else closure()
-        for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names")})
+        for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names", "scales_sha256")})
+        moved = {n: p for n, p in self._bound.items() if p.grad is not None}
         for name, p in self._bound.items():
-            for b, theta in self.thetas[name].items():
-                branch = named_branch(b)
-                theta.grad = None if p.grad is None else (branch.view(p.grad)*branch.per_channel(self._constants(name)[b].to(p), p)).reshape(theta.shape)
-        self.inner.step()
-        for name, p in self._bound.items():
-            if p.grad is None: continue
-            maps, alphas = {b: named_branch(b) for b in self.thetas[name]}, {b: a.to(p) for b, a in self._constants(name).items()}
-            W = equivalent_kernel(maps, alphas, self.thetas[name], p)
-            p.copy_(W if name not in self._beyond else torch.where(self._beyond[name], p, W))
+            if p.grad is None:
+                for theta in self.thetas[name].values(): theta.grad = None
+                continue
+            self._take_over(name, p)
+            maps, alphas = self._maps(name, p)
+            for b, theta in self.thetas[name].items(): theta.grad = (maps[b].view(p.grad)*maps[b].per_channel(alphas[b], p)).reshape(theta.shape)
+        unhooked(type(self.inner).step)(self.inner)
+        for name, p in moved.items(): p.copy_(self._kernel(name, p))
         return loss
 
 # %% ../nbs/01b_optim.ipynb #e405e414
@@ -603,18 +735,36 @@ def _explicit_state(self):
     "The inner optimizer's state, the branches' parameters and the scales"
     return dict(inner=self.inner.state_dict(), thetas={n: {b: t.detach() for b, t in bs.items()} for n, bs in self.thetas.items()}, scales={p: dict(bs) for p, bs in self.scales.items()}, param_groups=torch.optim.Optimizer.state_dict(self)["param_groups"])
 
+def _inner_by_name(self, state_dict) -> dict:
+    "The inner optimizer's state, whose parameters follow each other as the groups' do, each kernel as its branches: in our order"
+    saved, ids = state_dict["inner"], {}
+    for outer, inner in zip(state_dict["param_groups"], saved["param_groups"]):
+        own = [(n, b) for n in _names(outer) for b in state_dict["thetas"].get(n, (None,))]
+        if len(own) != len(inner["params"]): raise ValueError("this state_dict is damaged: its branches are not those of its parameters")
+        ids |= {key: (inner, i) for key, i in zip(own, inner["params"])}
+    groups = []
+    for own in self.param_groups:
+        keys = [(n, b) for n in map(strip_prefix, own["param_names"]) for b in self.thetas.get(n, (None,))]
+        if missing := [n for n, b in keys if (n, b) not in ids]: raise ValueError(f"this state_dict has no state for the branches of {missing[0]}")
+        groups.append({**ids[keys[0]][0], "params": [ids[k][1] for k in keys]})
+    return {**saved, "param_groups": groups}
+
+
 @torch.no_grad()
 def _explicit_load(self, state_dict):
-    "ValueError, before anything changes, for a state with other scales"
+    "ValueError, before anything changes, for a state with other scales, names or groups"
+    if not {"inner", "thetas"} <= {*state_dict}: raise ValueError(f"this state_dict carries no branches: it was not made by {type(self).__name__}, or kept in parts by torch.distributed.checkpoint")
     self._check_scales(state_dict)
-    self.inner.load_state_dict(state_dict["inner"])
+    groups, inner = self._by_name(state_dict)["param_groups"], self._inner_by_name(state_dict)
+    self.inner.load_state_dict(inner)
     for n, bs in self.thetas.items():
         for b, t in bs.items(): t.copy_(state_dict["thetas"][n][b])
-    for g, s in zip(self.param_groups, state_dict["param_groups"]): g.update({k: v for k, v in s.items() if k not in ("params", "param_names")})
+    for g, saved in zip(self.param_groups, groups): g.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
 
 def _explicit_getstate(self): return {**RepOptimizer.__getstate__(self), "inner": self.inner, "thetas": self.thetas, "_bound": self._bound, "_beyond": self._beyond}
 
 Explicit.state_dict, Explicit.load_state_dict, Explicit.__getstate__ = _explicit_state, _explicit_load, _explicit_getstate
+Explicit._inner_by_name = _inner_by_name
 
 # %% ../nbs/01b_optim.ipynb #a25e04e9
 class _Stretched(RepOptimizer):
@@ -623,12 +773,17 @@ class _Stretched(RepOptimizer):
         groups = self._bind(params, scales, plain)
         super().__init__([{**g, "rep_decay": g.get("weight_decay", weight_decay), "weight_decay": 0.} for g in groups], *args, **kwargs)
 
+    def _check_group(self, group):
+        if group.get("weight_decay"): raise ValueError(f"{type(self).__name__} decays by group['rep_decay'], outside the step that it stretches: leave group['weight_decay'] at 0")
+
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         "The inner step, Σ|α| times as long, and decoupled decay"
+        for group in self.param_groups: self._check_group(group)
         with torch.enable_grad(): loss = None if closure is None else closure()
         ours = [(p, p.clone(), m, g) for g in self.param_groups for p, m in zip(g["params"], self._mults(g, 0)) if p.grad is not None]
-        super().step()
+        self._torch_step()
         for p, before, m, g in ours:
             step = p - before
             p.copy_(before*(1 - g["lr"]*g["rep_decay"]) + (step if m is None else m.mul_(step)))
@@ -677,16 +832,72 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
 
 # %% ../nbs/01b_optim.ipynb #d56132d1
 def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
-    "Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, by hooks around its step; `.grad` is left as found. Returns a handle with `remove()`."
+    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, by hooks around its step.
+
+    Closures, copies and pickles are as exact; `.grad` is left as found. Returns a handle with `remove()`. ValueError for another
+    class, for scales that do not fit, and for an optimizer that has scales already."""
+    if hasattr(optimizer, "scales"): raise ValueError(f"this {type(optimizer).__name__} has scales already: multiplying its gradients twice would square them. Call remove() on the handle of its first attach")
     if type(optimizer) not in (torch.optim.SGD, torch.optim.ASGD): raise ValueError(f"attach multiplies gradients, which is exact for SGD and ASGD alone, not for {type(optimizer).__name__}: use rep_optimizer({type(optimizer).__name__})")
     if any("param_names" not in g for g in optimizer.param_groups): raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
+    if not isinstance(scales, Mapping): raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}")
     scales = scales if isinstance(scales, Scales) else Scales(scales)
-    pairs = [(strip_prefix(n), p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"])]
-    check_fit(scales, pairs, plain)
-    mults, back = [(grad_mult_for(p, scales[n]), p) for n, p in pairs if n in scales], []
-    return _Handles([optimizer.register_step_pre_hook(lambda *_: back.append(multiply_grads(mults))), optimizer.register_step_post_hook(lambda *_: back.pop()())])
+    check_fit(scales, [np for g in optimizer.param_groups for np in zip(g["param_names"], g["params"])], plain)
+    optimizer.__class__ = _attached(type(optimizer))
+    return optimizer._attach(scales, plain)
 
 
-class _Handles(list):
+class _Attached:
+    "What an optimizer becomes by `attach`: torch's own class, with hooks that copies and pickles take along"
+    _mults = RepOptimizer._mults
+
+    def _attach(self, scales, plain):
+        self.scales, self.plain, self._mult_cache, self._back = scales, tuple(plain), {}, []
+        return _Handle(self, [self.register_step_pre_hook(_before_step), self.register_step_post_hook(_after_step)])
+
+    def _multiply(self): self._back.append(multiply_grads(mp for g in self.param_groups for mp in zip(self._mults(g), g["params"])))
+
+    def add_param_group(self, param_group):
+        group, = named_groups([param_group])
+        names = {strip_prefix(n) for n, _ in group["params"]}
+        check_fit({n: s for n, s in self.scales.items() if n in names}, group["params"], self.plain)
+        super().add_param_group(group)
+
+    def __getstate__(self): return {**super().__getstate__(), "scales": self.scales, "plain": self.plain}
+    def __reduce_ex__(self, _): return _new_attached, (self.torch_class,), self.__getstate__()
+
+    def __setstate__(self, state):
+        super().__setstate__({k: v for k, v in state.items() if k not in ("scales", "plain")})
+        if "scales" in state: self._attach(state["scales"], state["plain"])
+
+
+@lru_cache(maxsize=None)
+def _attached(cls): return type(cls.__name__, (_Attached, cls), dict(torch_class=cls, __module__=__name__, __doc__=f"`{cls.__name__}` to which `attach` gave scales."))
+
+def _new_attached(cls): c = _attached(cls); return c.__new__(c)
+
+
+def _before_step(optimizer, args, kwargs):
+    "Multiply the gradients: those that are there, or after the closure those that it leaves"
+    optimizer._back.clear()                                                    # of a step that broke off
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None: return optimizer._multiply()
+    def then_multiply():
+        loss = closure()
+        with torch.no_grad(): optimizer._multiply()
+        return loss
+    return args[:1], {**kwargs, "closure": then_multiply}
+
+
+def _after_step(optimizer, args, kwargs): optimizer._back.pop()()
+
+
+class _Handle:
+    "Takes the scales away again"
+    def __init__(self, optimizer, hooks): self.optimizer, self.hooks = optimizer, hooks
+
     def remove(self):
-        for h in self: h.remove()
+        for h in self.hooks: h.remove()
+        if self.hooks:
+            self.optimizer.__class__ = self.optimizer.torch_class
+            for name in ("scales", "plain", "_mult_cache", "_back"): delattr(self.optimizer, name)
+        self.hooks = []
