@@ -343,15 +343,15 @@ def paper_table(number: int) -> dict:
 
 # %% ../nbs/03a_records.ipynb #9b1e0a02
 def project(*parts) -> Path:
-    """The project's folder, or `parts` below it: the one above the working folder, else the one that the package is installed from.
+    """The project's folder, or `parts` below it.
 
-    Raises ValueError where there is neither.
+    It is the one above the working folder, else the one that the package is installed from. Raises ValueError where there is neither.
     """
     from importlib.resources import files
     mine = lambda folder: (ini := folder/"settings.ini").is_file() and "lib_name = repopt" in ini.read_text()
     here, package = Path.cwd(), Path(str(files("repopt"))).parent
     found = next(filter(mine, (here, *here.parents, package)), None)
-    if found is None: raise ValueError(f"no project of repopt above {here}, and {package} is none: start in a clone of it, or name the folder with out=…")
+    if found is None: raise ValueError(f"{here} is in no clone of repopt, and {package} is none: start in one, or name out")
     return found.joinpath(*parts)
 
 # %% ../nbs/03a_records.ipynb #c5c87ddf
