@@ -124,8 +124,18 @@ def apply_kernel(op: nn.Module, x: Tensor, W: Tensor, bias=None, groups=None) ->
     margin = [p - d * (K - k)//2 for p, d, K, k in zip(_padding(op), op.dilation, op.kernel_size, W.shape[2:])]
     crop = [min(0, m) for m in reversed(margin) for _ in (0, 1)]              # without padding a smaller kernel sees a smaller image
     if any(crop): x = F.pad(x, crop)
+    pad, stride = [max(0, m) for m in margin], op.stride
+    if set(W.shape[2:]) == {1}: x, pad, stride = _seen(x, pad, stride), 0, 1
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[W.ndim]
-    return conv(x, W, bias, op.stride, [max(0, m) for m in margin], op.dilation, groups or op.groups)
+    return conv(x, W, bias, stride, pad, op.dilation, groups or op.groups)
+
+
+def _seen(x, pad, stride):
+    """The pixels of `x` that a kernel of one entry sees: of the same sum, with stride 1.
+
+    oneDNN's strided 1×1 kernels for channels_last write their weight gradient past its place on CPUs without AVX-512 (uxlfoundation/oneDNN #6035)."""
+    if any(pad): x = F.pad(x, [p for p in reversed(pad) for _ in (0, 1)])
+    return x[(..., *(slice(None, None, s) for s in stride))]
 
 # %% ../nbs/00_csla.ipynb #5e5de2b7
 def run_branch(branch: Branch, op: nn.Module, x: Tensor, theta: Tensor) -> Tensor:
