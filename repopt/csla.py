@@ -223,14 +223,18 @@ class _SumOfBranches(torch.autograd.Function):
 
 # %% ../nbs/00_csla.ipynb #73fd8cc6
 class CSLA(nn.Module):
-    "A block that runs: `theta_<branch>` are trained; `scale_<branch>` are constants, or trained too with `trainable=True`."
+    """A block that runs: `theta_<branch>` are trained; `scale_<branch>` are constants, or trained too with `trainable=True`.
+
+    It stands in the place of its operator, so it shows what a net may read of that: `weight` (folded, not to be set), `stride` and the other sizes."""
     def __init__(self, block: Block, trainable=False, folded=False, init="msra", generator=None, device=None, dtype=None):
         super().__init__()
         W = block.op.weight
         kw = dict(device=device or W.device, dtype=dtype or W.dtype)
         self.branches, self.folded = block.branches, folded
         self.op = [_shape_of(block.op)]                                    # in a list: its kernel is no parameter of ours
-        self.bias = None if block.op.bias is None else nn.Parameter(block.op.bias.detach().clone().to(**kw))
+        for n in block.op.__constants__: setattr(self, n, getattr(block.op, n))
+        bias = block.op.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone().to(**kw), bias.requires_grad)
         for n, b in block.branches.items():
             self.register_parameter(f"theta_{n}", nn.Parameter(init_(b, torch.empty(b.theta_shape(W), **kw), init, generator)))
             s = block.scales[n].expand(W.shape[0]).to(**kw, copy=True)
@@ -243,6 +247,11 @@ class CSLA(nn.Module):
     def scales(self): return {n: getattr(self, f"scale_{n}") for n in self.branches}
 
     def equivalent_kernel(self): return equivalent_kernel(self.branches, self.scales, self.thetas, self.op[0].weight)
+
+    @property
+    def weight(self) -> Tensor:
+        "The kernel of the operator that the block is, computed anew; gradients flow through it to the branches."
+        return self.equivalent_kernel()
 
     def forward(self, x):
         op, scales = self.op[0], self.scales
