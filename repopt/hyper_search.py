@@ -7,10 +7,10 @@ __all__ = ['ResidualBlock', 'resnet_b1', 'identity_ratios', 'photographs', 'figu
            'plot_epochs', 'last_of_stage3', 'block_means', 'search_speed', 'eligible', 'to_hyper_search', 'main']
 
 # %% ../nbs/04_hyper_search.ipynb #72718571
-import itertools, sys, time, warnings
+import itertools, time, warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import nn
 from .csla import CSLA
 from .data import load_data
 from .models import create_model, to_branches
-from .records import make_record, write
+from .records import command_line, make_record, write
 from .scales import Scales
 from .speed import accelerator, arithmetic, interleaved, quartiles, summary
-from .training import Recipe, Run, TrainingError, build_model, cli, compiled, make_optimizer, resolve, run, train_step
+from .training import Recipe, Run, build_model, cli, compiled, make_optimizer, resolve, run, train_step
 
 # %% ../nbs/04_hyper_search.ipynb #f8f90651
 class ResidualBlock(nn.Module):
@@ -140,7 +140,7 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
         return once
     t = interleaved([step(plain, False), step(fast, True)], rounds, device.type)
     ratio, quarters = quartiles(t[:, 0]/t[:, 1])
-    asked = dict(recipe=asdict(fast), model=recipe.model, mode="hs", batch=recipe.batch_size, threads=torch.get_num_threads(), rounds=rounds)
+    asked = dict(recipe=fast.asked(), model=recipe.model, mode="hs", batch=recipe.batch_size, threads=torch.get_num_threads(), rounds=rounds)
     metrics = dict(**summary(t[:, 1]), ms_branches=quartiles(t[:, 0])[0], speedup=ratio, speedup_quartiles=quarters, images_per_second=1e3*recipe.batch_size/quartiles(t[:, 1])[0], loss=float(losses[True]), loss_branches=float(losses[False]))
     record = make_record("train_speed", asked, metrics, seconds=time.time() - began)
     if out: write(record, out)
@@ -202,14 +202,19 @@ def _kernels_without_scales(model, scales, left) -> dict:
     return why | {n: "not the kernel of a conv" for n, p in model.named_parameters() if p.ndim == 4 and n not in scales and n not in why}
 
 # %% ../nbs/04_hyper_search.ipynb #c8fd74ca
+@command_line
 def main(argv=None) -> int:
-    "Search the scales of one model. Returns the exit code: 0 done, 2 bad input, 75 stopped by a signal."
-    try:
-        a, recipe, _ = cli(argv, "repopt.hyper_search", "hs", "Find the scales of a RepOptimizer (Hyper-Search).")
-        if a.compare: print("a step of {ms:.0f} ms, {speedup:.2f}x the eager one of three branches in fp32 (quartiles {speedup_quartiles[0]:.2f} to {speedup_quartiles[1]:.2f})".format(**search_speed(recipe, a.compare, a.data, a.out)["metrics"])); return 0
-        done = search(recipe, a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds)
-    except (ValueError, TrainingError) as e: print(f"error: {e}", file=sys.stderr, flush=True); return 2 if isinstance(e, ValueError) else 1
-    print(f"run {done.id}: top-1 {done.top1:.2f} %, scales in {done.folder/'scales.safetensors'}"); return 0
+    "Search the scales of one model. Returns the exit code: 0 done, 1 broken off, 2 bad input, 75 stopped by a signal."
+    a, recipe, _ = cli(argv, "repopt.hyper_search", "hs", "Find the scales of a RepOptimizer (Hyper-Search).")
+    if a.compare is not None:
+        if a.compare < 1: raise ValueError(f"--compare {a.compare} must be a number of rounds, at least 1")
+        m = search_speed(recipe, a.compare, a.data, a.out)["metrics"]
+        low, high = m["speedup_quartiles"]
+        print(f"a step of {m['ms']:.0f} ms, {m['speedup']:.2f}x the eager one of three branches in fp32 (quartiles {low:.2f} to {high:.2f})")
+        return 0
+    done = search(recipe, a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds)
+    print(f"run {done.id}: top-1 {done.top1:.2f} %, scales in {done.folder/'scales.safetensors'}")
+    return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())

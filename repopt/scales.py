@@ -7,7 +7,7 @@ __all__ = ['ASSETS', 'Scales', 'strip_prefix', 'unwrapped', 'own_names', 'natura
            'reinitialize_', 'from_released', 'read_scales', 'main', 'load_scales', 'extract_scales']
 
 # %% ../nbs/01a_scales.ipynb #0084b5dd
-import hashlib, json, os, re, sys
+import hashlib, json, os, re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .csla import CSLA, equivalent_kernel, init_
 from .grad_mult import GradMult, named_branch, rep_branches
 from .published import examine, read
+from .records import Parser, command_line
 
 # %% ../nbs/01a_scales.ipynb #a756729e
 class Scales(Mapping):
@@ -177,14 +178,24 @@ Scales.initial = staticmethod(initial)
 def reinitialize_(self, model: nn.Module, generator=None, identity: str = "one", init: str = "msra", plain=()) -> nn.Module:
     "Set every kernel of `model` that has scales to Eq. 4. `generator` as in torch.nn.init. ValueError before anything changes."
     if identity not in ("one", "searched"): raise ValueError(f"identity must be 'one' or 'searched', not {identity!r}")
-    check_fit(self, model.named_parameters(), plain)
-    params = {strip_prefix(n): p for n, p in model.named_parameters()}
+    named = dict(model.named_parameters())
+    check_fit(self, named.items(), plain)
+    if meta := [n for n, p in named.items() if p.is_meta]: raise ValueError(f"{meta[0]} is on the meta device and holds no values: call model.to_empty(device=…) first")
+    params = {o: named[n] for n, o in own_names(named, self).items()}
     for name, branches in self.items():
         W, maps = params[name], {n: named_branch(n) for n in branches}
-        scales = {n: s.to(W) if n != "identity" or identity == "searched" else torch.ones_like(s).to(W) for n, s in branches.items()}
-        thetas = {n: init_(b, W.new_empty(b.theta_shape(W)), init, generator) for n, b in maps.items()}
-        W.copy_(equivalent_kernel(maps, scales, thetas, W))
+        whole = torch.empty(W.shape, dtype=W.dtype, device=W.to_local().device if hasattr(W, "placements") else W.device)
+        scales = {n: s.to(whole) if n != "identity" or identity == "searched" else torch.ones_like(s).to(whole) for n, s in branches.items()}
+        thetas = {n: init_(b, whole.new_empty(b.theta_shape(whole)), init, generator) for n, b in maps.items()}
+        _put(W, equivalent_kernel(maps, scales, thetas, whole))
     return model
+
+
+def _put(W, value) -> None:
+    "Write `value` into the parameter `W`; into one that FSDP2 has cut by rows, the rows of this process, as the first process drew them"
+    if not hasattr(W, "placements"): return W.copy_(value)
+    from torch.distributed.tensor import distribute_tensor
+    W.copy_(distribute_tensor(value, W.device_mesh, W.placements))
 
 Scales.reinitialize_ = reinitialize_
 
@@ -255,20 +266,20 @@ def read_scales(path, arch: str = "") -> Scales:
     return from_released(path, arch) if begin[:2] in (b"PK", b"\x80\x02") or path.suffix in (".pth", ".pt") else Scales.load(path)
 
 
+@command_line
 def main(argv=None) -> int:
     "`convert IN OUT [--arch NAME]`: the authors' scales as a file of ours. Returns the exit code."
-    import argparse
-    p = argparse.ArgumentParser(prog="python -m repopt.scales", description="Files of scales.")
+    p = Parser(prog="python -m repopt.scales", description="Files of scales.")
     convert = p.add_subparsers(required=True, metavar="convert").add_parser("convert", help="write the scales of any file that can be read as a file of ours")
     convert.add_argument("source", metavar="IN", help="the authors' *scales.pth, a checkpoint of their Hyper-Search, or a file of ours")
-    convert.add_argument("to", metavar="OUT", help="*.safetensors"); convert.add_argument("--arch", default="", help="for which net, e.g. repoptvgg_b1")
+    convert.add_argument("to", metavar="OUT", help="*.safetensors")
+    convert.add_argument("--arch", default="", help="for which net, e.g. repoptvgg_b1")
     a = p.parse_args(argv)
-    try:
-        if Path(a.to).suffix != ".safetensors": raise ValueError(f"{a.to}: files of scales end in .safetensors")
-        if not Path(a.to).resolve().parent.is_dir(): raise ValueError(f"{a.to} cannot be written: there is no folder {Path(a.to).parent}; make it first")
-        scales = read_scales(a.source, a.arch)
-        scales.save(a.to)
-    except (ValueError, OSError, SafetensorError) as e: print(f"error: {e}", file=sys.stderr); return 2
+    if Path(a.to).suffix != ".safetensors": raise ValueError(f"{a.to}: files of scales end in .safetensors")
+    if Path(a.to).is_dir() or not Path(a.to).resolve().parent.is_dir(): raise ValueError(f"{a.to} cannot be written: there is no folder {Path(a.to).parent}, or it is a folder itself")
+    scales = read_scales(a.source, a.arch)
+    try: scales.save(a.to)
+    except SafetensorError as e: raise ValueError(f"{a.to} cannot be written: {e}") from None
     print(f"{a.to}: {scales}")
     return 0
 
@@ -290,8 +301,10 @@ def extract_scales(hs_model: nn.Module, **header) -> Scales:
     "The scales that a Hyper-Search model has now, named for the target's parameters. `header`: arch, recipe, seed, accuracy, commit."
     blocks = {f"{n}.weight": m for n, m in hs_model.named_modules() if isinstance(m, CSLA)}
     if not blocks: raise ValueError("this model has no Hyper-Search blocks; build it with create_model(name, mode='hs')")
-    value = lambda m, n: getattr(m, f"theta_{n}" if n == "identity" else f"scale_{n}").detach()
-    return Scales({strip_prefix(p): {n: value(m, n) for n in m.branches} for p, m in blocks.items()}, **{"arch": getattr(hs_model, "arch", ""), **header})
+    def value(m, n):
+        v = getattr(m, f"theta_{n}" if n == "identity" else f"scale_{n}").detach()
+        return v.full_tensor() if hasattr(v, "full_tensor") else v              # sharded by FSDP2
+    return Scales({p: {n: value(m, n) for n in m.branches} for p, m in blocks.items()}, **{"arch": getattr(hs_model, "arch", ""), **header})
 
 # %% ../nbs/01a_scales.ipynb #d5bc4188
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())

@@ -723,7 +723,7 @@ def named_scales(name, recipe: Recipe):
     from repopt.scales import load_scales
     if name is None: return None
     if name in ("ones", "sqrt2l"): return initial_scales(recipe.model, name)
-    if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.load(name)
+    if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.read(name)
     return load_scales(name)
 
 
