@@ -124,8 +124,18 @@ def apply_kernel(op: nn.Module, x: Tensor, W: Tensor, bias=None, groups=None) ->
     margin = [p - d * (K - k)//2 for p, d, K, k in zip(_padding(op), op.dilation, op.kernel_size, W.shape[2:])]
     crop = [min(0, m) for m in reversed(margin) for _ in (0, 1)]              # without padding a smaller kernel sees a smaller image
     if any(crop): x = F.pad(x, crop)
+    pad, stride = [max(0, m) for m in margin], op.stride
+    if set(W.shape[2:]) == {1}: x, pad, stride = _seen(x, pad, stride), 0, 1
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[W.ndim]
-    return conv(x, W, bias, op.stride, [max(0, m) for m in margin], op.dilation, groups or op.groups)
+    return conv(x, W, bias, stride, pad, op.dilation, groups or op.groups)
+
+
+def _seen(x, pad, stride):
+    """The pixels of `x` that a kernel of one entry sees: of the same sum, with stride 1.
+
+    oneDNN's strided 1×1 kernels for channels_last write their weight gradient past its place on CPUs without AVX-512 (uxlfoundation/oneDNN #6035)."""
+    if any(pad): x = F.pad(x, [p for p in reversed(pad) for _ in (0, 1)])
+    return x[(..., *(slice(None, None, s) for s in stride))]
 
 # %% ../nbs/00_csla.ipynb #5e5de2b7
 def run_branch(branch: Branch, op: nn.Module, x: Tensor, theta: Tensor) -> Tensor:
@@ -213,14 +223,18 @@ class _SumOfBranches(torch.autograd.Function):
 
 # %% ../nbs/00_csla.ipynb #73fd8cc6
 class CSLA(nn.Module):
-    "A block that runs: `theta_<branch>` are trained; `scale_<branch>` are constants, or trained too with `trainable=True`."
+    """A block that runs: `theta_<branch>` are trained; `scale_<branch>` are constants, or trained too with `trainable=True`.
+
+    It stands in the place of its operator, so it shows what a net may read of that: `weight` (folded, not to be set), `stride` and the other sizes."""
     def __init__(self, block: Block, trainable=False, folded=False, init="msra", generator=None, device=None, dtype=None):
         super().__init__()
         W = block.op.weight
         kw = dict(device=device or W.device, dtype=dtype or W.dtype)
         self.branches, self.folded = block.branches, folded
         self.op = [_shape_of(block.op)]                                    # in a list: its kernel is no parameter of ours
-        self.bias = None if block.op.bias is None else nn.Parameter(block.op.bias.detach().clone().to(**kw))
+        for n in block.op.__constants__: setattr(self, n, getattr(block.op, n))
+        bias = block.op.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone().to(**kw), bias.requires_grad)
         for n, b in block.branches.items():
             self.register_parameter(f"theta_{n}", nn.Parameter(init_(b, torch.empty(b.theta_shape(W), **kw), init, generator)))
             s = block.scales[n].expand(W.shape[0]).to(**kw, copy=True)
@@ -233,6 +247,11 @@ class CSLA(nn.Module):
     def scales(self): return {n: getattr(self, f"scale_{n}") for n in self.branches}
 
     def equivalent_kernel(self): return equivalent_kernel(self.branches, self.scales, self.thetas, self.op[0].weight)
+
+    @property
+    def weight(self) -> Tensor:
+        "The kernel of the operator that the block is, computed anew; gradients flow through it to the branches."
+        return self.equivalent_kernel()
 
     def forward(self, x):
         op, scales = self.op[0], self.scales

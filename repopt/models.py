@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from .csla import Block, CSLA, Conv, init_
 from .grad_mult import named_branch
-from .scales import Scales, initial
+from .scales import Scales, initial, own_names
 
 # %% ../nbs/02_models.ipynb #250d88b9
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class RepVGGBlock(nn.Module):
         super().__init__()
         norm = lambda conv: nn.Sequential(conv, nn.BatchNorm2d(cout))
         self.conv3 = norm(nn.Conv2d(cin, cout, 3, stride, 1, bias=False))
-        self.conv1 = norm(nn.Conv2d(cin, cout, 1, stride, bias=False))
+        self.conv1, self.stride = norm(nn.Conv2d(cin, cout, 1, bias=False)), stride      # of every stride-th pixel: see below
         self.identity = nn.BatchNorm2d(cout) if cin == cout and stride == 1 else None
         self.se = SE(cout) if se else nn.Identity()
 
     def forward(self, x):
         if hasattr(self, "conv"): return self.se(F.relu(self.conv(x), inplace=True))
-        y = self.conv3(x) + self.conv1(x)
+        y = self.conv3(x) + self.conv1(x[:, :, ::self.stride, ::self.stride])
         return self.se(F.relu(y if self.identity is None else y + self.identity(x), inplace=True))
 
 # %% ../nbs/02_models.ipynb #e3ba0d1f
@@ -149,7 +149,10 @@ class VGG(Net):
 # %% ../nbs/02_models.ipynb #bdb7683e
 def to_branches(model: nn.Module, scales: Scales, trainable: bool = False, **kwargs) -> nn.Module:
     "Replace, in place, every conv of `model` that has `scales` by its CSLA block (`trainable`: Hyper-Search block; `kwargs` as in `CSLA`)."
-    blocks = {p.removesuffix(".weight"): Block(model.get_submodule(p.removesuffix(".weight")), {n: named_branch(n) for n in bs}, {n: s for n, s in bs.items() if n != "identity"}) for p, bs in scales.items()}
+    own, blocks = {o: n for n, o in own_names([n for n, _ in model.named_parameters()], scales).items()}, {}
+    for p, bs in scales.items():
+        name = own.get(p, p).removesuffix(".weight")
+        blocks[name] = Block(model.get_submodule(name), {n: named_branch(n) for n in bs}, {n: s for n, s in bs.items() if n != "identity"})
     for name, b in blocks.items():                                          # only once every block is known to fit
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, CSLA(b, trainable=trainable, **kwargs))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from .csla import CSLA, Branch, equivalent_kernel
 from .grad_mult import GradMult, constants, named_branch
-from .scales import Scales, check_fit, strip_prefix
+from .scales import Scales, check_fit, own_names
 
 # %% ../nbs/01b_optim.ipynb #13adf8cd
 def named_groups(params) -> list:
@@ -80,13 +80,16 @@ class RepOptimizer:
         self.scales, self.plain = scales if isinstance(scales, Scales) else Scales(scales), tuple(plain)
         self._check_kernels([p for g in groups for p in g["params"]])
         self._fresh()
-        return [{**g, "scales_sha256": self.scales.hash} for g in groups]
+        own = own_names([n for g in groups for n, _ in g["params"]], self.scales)     # from here on a parameter is called as its scales are
+        self._named = set(own.values())
+        return [{**g, "params": [(own[n], p) for n, p in g["params"]], "scales_sha256": self.scales.hash} for g in groups]
 
     def _check_kernels(self, named, names=None) -> None:
         "ValueError unless the scales (of the kernels `names`, else all) fit the parameters, each of which can be stepped"
         check_fit(self.scales if names is None else {n: s for n, s in self.scales.items() if n in names}, named, self.plain)
+        own = own_names([n for n, _ in named], self.scales)
         for n, p in named:
-            if strip_prefix(n) not in self.scales: continue
+            if own[n] not in self.scales: continue
             if p.numel() == 0: raise ValueError(f"{n} has no entries, its shape is {tuple(p.shape)}: name it in plain=[…] and leave its scales out")
             try: memory_order(_local(p))
             except ValueError as e: raise ValueError(f"{n}: {e}") from None
@@ -96,7 +99,9 @@ class RepOptimizer:
     def add_param_group(self, param_group):
         "As torch's, with names; a 4-d parameter without scales must match a glob in `plain`."
         group, = named_groups([param_group])
-        self._check_kernels(group["params"], {strip_prefix(n) for n, _ in group["params"]})
+        if not {n for n, _ in group["params"]} <= self._named:
+            group["params"] = _renamed(self, group["params"])
+        self._check_kernels(group["params"], {n for n, _ in group["params"]})
         self._check_group({**self.defaults, **group})
         super().add_param_group({**group, "scales_sha256": self.scales.hash})
 
@@ -114,10 +119,18 @@ class RepOptimizer:
 
     def _mults(self, group, degree=1):
         "(GradMult or None) for each parameter of a group, on its device and in its dtype"
-        for name, p in zip(map(strip_prefix, group["param_names"]), group["params"]):
+        for name, p in zip(group["param_names"], group["params"]):
             key = name, p.device, p.dtype, degree
             if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
             yield self._mult_cache.get(key)
+
+
+def _renamed(optimizer, named) -> list:
+    "[(name, parameter)] of a group that comes later, each called as its scales are. ValueError where that name is taken."
+    own = own_names([n for n, _ in named], optimizer.scales)
+    taken = {n for g in optimizer.param_groups for n in g["param_names"]}
+    if twice := [n for n in own.values() if n in taken]: raise ValueError(f"given twice: {', '.join(twice)}")
+    return [(own[n], p) for n, p in named]
 
 
 def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
@@ -134,7 +147,7 @@ def unhooked(step: Callable) -> Callable:
     return step
 
 # %% ../nbs/01b_optim.ipynb #1da40e6e
-def _getstate(self): return {**super(RepOptimizer, self).__getstate__(), "scales": self.scales, "plain": self.plain, "compiled": self.compiled}
+def _getstate(self): return {**super(RepOptimizer, self).__getstate__(), "scales": self.scales, "plain": self.plain, "compiled": self.compiled, "_named": self._named}
 
 def _setstate(self, state): self._fresh(); super(RepOptimizer, self).__setstate__(state)
 
@@ -160,21 +173,22 @@ def _names(group) -> list:
     ids = group["params"]
     names = ids if ids and all(isinstance(i, str) for i in ids) else group.get("param_names", ())      # torch.distributed.checkpoint has names for ids
     if len(names) != len(ids): raise ValueError("this state_dict does not say which parameters its state belongs to (a group without param_names): it cannot be joined to ours by name")
-    return [strip_prefix(n) for n in names]
+    return list(names)
 
 
 def _by_name(self, state_dict) -> dict:
     "`state_dict` with its groups and parameters in our order. ValueError where their names are others."
-    theirs = {n: (g, i) for g in state_dict["param_groups"] for n, i in zip(_names(g), g["params"])}
+    called = own_names([n for g in state_dict["param_groups"] for n in _names(g)], self.scales)
+    theirs = {called[n]: (g, i) for g in state_dict["param_groups"] for n, i in zip(_names(g), g["params"])}
     if len(theirs) != sum(len(g["params"]) for g in state_dict["param_groups"]): raise ValueError("this state_dict names a parameter twice: it is damaged")
     groups = []
     for own in self.param_groups:
-        names = list(map(strip_prefix, own["param_names"]))
+        names = own["param_names"]
         if missing := [n for n in names if n not in theirs]: raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is {missing[0]}")
         group = theirs[names[0]][0] if names else {k: v for k, v in own.items()}
-        if names and set(_names(group)) != set(names): raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
+        if names and {called[n] for n in _names(group)} != set(names): raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
         groups.append({**group, "params": [theirs[n][1] for n in names], "param_names": list(own["param_names"])})
-    ours = {n for g in self.param_groups for n in map(strip_prefix, g["param_names"])}
+    ours = {n for g in self.param_groups for n in g["param_names"]}
     if extra := [n for n in theirs if n not in ours]: raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is {extra[0]}")
     return {**state_dict, "param_groups": groups}
 
@@ -441,7 +455,7 @@ def _rule_step(self):
     "Step every kernel that has scales by `self.rule`, and the other parameters by torch's own class"
     jobs, ours = {}, []
     for i, group in enumerate(self.param_groups):
-        for name, p in zip(map(strip_prefix, group["param_names"]), group["params"]):
+        for name, p in zip(group["param_names"], group["params"]):
             if p.grad is None or name not in self.scales: continue
             if p.grad.is_sparse: raise ValueError(f"{name} has a sparse gradient, which has no Grad Mult")
             ours.append((p, p.grad))
@@ -529,7 +543,7 @@ def _run(self, key, P, G, S, T, k):
             if key not in self._compiled: self._compiled[key] = torch.compile(_code_copy(_update_all), dynamic=False, options=ONE_PASS)
             return self._compiled[key](self.rule.kernel, P, G, S, T, {n: torch.as_tensor(v, dtype=wide) for n, v in k.items()}, key[1])
         except Exception as e:
-            if not type(e).__module__.startswith("torch._"): raise              # from the step itself, not from the compiler: nothing may be stepped twice
+            if not (type(e).__module__.startswith("torch._") or isinstance(e, OSError)): raise      # from the step itself, not from the compiler: nothing may be stepped twice
             self.compiled = False
             warnings.warn(f"{type(self).__name__}: the step could not be compiled, going on without: {str(e).splitlines()[0]}")
     for job in zip(P, G, S, T): _update_all(self.rule.kernel, *zip(*_blocks(*job)), k, key[1])
@@ -601,7 +615,7 @@ def _step(self, closure=None):
     "One step. `closure` as in torch: called once, with gradients enabled. ValueError for options of a group with which it would not be exact."
     for group in self.param_groups: self._check_group(group)
     with torch.enable_grad(): loss = None if closure is None else closure()
-    quiet = [] if self._told else [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"]) if p.grad is None and p.requires_grad and strip_prefix(n) in self.scales]
+    quiet = [] if self._told else [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"]) if p.grad is None and p.requires_grad and n in self.scales]
     if quiet and any(p.grad is not None for g in self.param_groups for p in g["params"]):
         self._told = True
         warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: frozen, unused, or replaced after the optimizer was built?")
@@ -668,7 +682,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
         groups = self._bind(params, scales, plain)
         if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
             raise ValueError(f"{type(self).__name__}: explicit branches need whole kernels, and these are sharded: use a rule that is stepped on shards, or replicate the model")
-        self._bound = {strip_prefix(n): p for g in groups for n, p in g["params"] if strip_prefix(n) in self.scales}
+        self._bound = {n: p for g in groups for n, p in g["params"] if n in self.scales}
         self._beyond = {}
         self.thetas = {n: self._split(n, p, (thetas or {}).get(n)) for n, p in self._bound.items()}
         self.inner = self.torch_class([self._inner(g) for g in groups], *args, **kwargs)
@@ -676,7 +690,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
 
     def _inner(self, group):
         "The same group with every kernel's branches in its place"
-        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in (self.thetas[strip_prefix(n)].values() if strip_prefix(n) in self._bound else [p])]}
+        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self._bound else [p])]}
 
     def add_param_group(self, param_group):
         if len(self.param_groups) >= len(self.inner.param_groups): raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is built")
@@ -738,13 +752,14 @@ def _explicit_state(self):
 def _inner_by_name(self, state_dict) -> dict:
     "The inner optimizer's state, whose parameters follow each other as the groups' do, each kernel as its branches: in our order"
     saved, ids = state_dict["inner"], {}
+    called = own_names([n for g in state_dict["param_groups"] for n in _names(g)], self.scales)
     for outer, inner in zip(state_dict["param_groups"], saved["param_groups"]):
-        own = [(n, b) for n in _names(outer) for b in state_dict["thetas"].get(n, (None,))]
+        own = [(called[n], b) for n in _names(outer) for b in state_dict["thetas"].get(n, (None,))]
         if len(own) != len(inner["params"]): raise ValueError("this state_dict is damaged: its branches are not those of its parameters")
         ids |= {key: (inner, i) for key, i in zip(own, inner["params"])}
     groups = []
     for own in self.param_groups:
-        keys = [(n, b) for n in map(strip_prefix, own["param_names"]) for b in self.thetas.get(n, (None,))]
+        keys = [(n, b) for n in own["param_names"] for b in self.thetas.get(n, (None,))]
         if missing := [n for n, b in keys if (n, b) not in ids]: raise ValueError(f"this state_dict has no state for the branches of {missing[0]}")
         groups.append({**ids[keys[0]][0], "params": [ids[k][1] for k in keys]})
     return {**saved, "param_groups": groups}
@@ -794,15 +809,32 @@ RepSGD, RepASGD, RepAdam, RepAdamW, RepNAdam, RepRAdam, RepRMSprop, RepAdagrad, 
 
 # %% ../nbs/01b_optim.ipynb #fbab78a2
 @torch.no_grad()
-def clip_grad_norm_(optimizer: RepOptimizer, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
-    "Scale all gradients of `optimizer` in place so that their norm, counted as the CSLA model counts it, is at most `max_norm`. Returns the norm before."
-    pairs = [(m, p.grad) for g in optimizer.param_groups for p, m in zip(g["params"], optimizer._mults(g)) if p.grad is not None]
+def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+    """Scale all gradients of `optimizer` in place so that their norm, counted as the CSLA model counts it, is at most `max_norm`. Returns the norm before.
+
+    `optimizer`: a RepOptimizer, one that `attach` gave scales, or what accelerate and Lightning wrap around either. Gradients sharded
+    by FSDP2 are counted over all processes. ValueError for an optimizer without scales, or a `max_norm` that is not above 0."""
+    own = optimizer
+    while not hasattr(own, "_mults") and isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer): own = own.optimizer
+    if not hasattr(own, "_mults"): raise ValueError(f"{type(own).__name__} has no scales, so that torch.nn.utils.clip_grad_norm_ is exact for it: clip_grad_norm_ is for RepOptimizers")
+    if not max_norm > 0: raise ValueError(f"max_norm={max_norm} must be above 0")
+    pairs = [(m, p.grad) for g in own.param_groups for p, m in zip(g["params"], own._mults(g)) if p.grad is not None]
     if not pairs: return torch.zeros(())
-    norm = sum(m.norm2(g) if m is not None else g.square().sum() for m, g in pairs).sqrt()
+    norm = sum(_norm2(m, g) for m, g in pairs).sqrt()
     if error_if_nonfinite and not norm.isfinite(): raise RuntimeError(f"the gradient norm is {norm.item()}; nothing was changed")
     factor = (max_norm/(norm + 1e-6)).clamp(max=1.)
-    torch._foreach_mul_([g for _, g in pairs], factor)
+    torch._foreach_mul_([_local(g) for _, g in pairs], factor)
     return norm
+
+
+def _norm2(m: GradMult | None, g: Tensor) -> Tensor:
+    "Σ M g², M = 1 without a Grad Mult; of a sharded gradient over all shards"
+    if not hasattr(g, "placements"): return g.square().sum() if m is None else m.norm2(g)
+    square = g.square()
+    if m is not None:
+        first, local = _first_row(g), square.to_local()
+        local.mul_(m.dense()[first:first + len(local)])
+    return square.sum().full_tensor()
 
 # %% ../nbs/01b_optim.ipynb #98ab27e8
 def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, batches, loss=nn.functional.cross_entropy, steps: int = 20) -> dict:
@@ -818,7 +850,8 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for x, y in batches: opt.zero_grad(); loss(net(x), y).backward(); opt.step()
-        return {n: p.detach() for n, p in net.named_parameters() if strip_prefix(n) in scales}
+        own = own_names([n for n, _ in net.named_parameters()], scales)
+        return {n: p.detach() for n, p in net.named_parameters() if own[n] in scales}
     def ours(net): return optimizer(net.named_parameters(), scales)
     def branches(net):
         o = ours(net)
@@ -848,19 +881,21 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
 
 class _Attached:
     "What an optimizer becomes by `attach`: torch's own class, with hooks that copies and pickles take along"
-    _mults = RepOptimizer._mults
-
     def _attach(self, scales, plain):
         self.scales, self.plain, self._mult_cache, self._back = scales, tuple(plain), {}, []
+        self._own = own_names([n for g in self.param_groups for n in g["param_names"]], scales)
         return _Handle(self, [self.register_step_pre_hook(_before_step), self.register_step_post_hook(_after_step)])
+
+    def _mults(self, group, degree=1): return RepOptimizer._mults(self, {**group, "param_names": [self._own[n] for n in group["param_names"]]}, degree)
 
     def _multiply(self): self._back.append(multiply_grads(mp for g in self.param_groups for mp in zip(self._mults(g), g["params"])))
 
     def add_param_group(self, param_group):
         group, = named_groups([param_group])
-        names = {strip_prefix(n) for n, _ in group["params"]}
-        check_fit({n: s for n, s in self.scales.items() if n in names}, group["params"], self.plain)
+        own = own_names([n for n, _ in group["params"]], self.scales)
+        check_fit({n: s for n, s in self.scales.items() if n in own.values()}, group["params"], self.plain)
         super().add_param_group(group)
+        self._own |= own
 
     def __getstate__(self): return {**super().__getstate__(), "scales": self.scales, "plain": self.plain}
     def __reduce_ex__(self, _): return _new_attached, (self.torch_class,), self.__getstate__()
@@ -899,5 +934,5 @@ class _Handle:
         for h in self.hooks: h.remove()
         if self.hooks:
             self.optimizer.__class__ = self.optimizer.torch_class
-            for name in ("scales", "plain", "_mult_cache", "_back"): delattr(self.optimizer, name)
+            for name in ("scales", "plain", "_mult_cache", "_back", "_own"): delattr(self.optimizer, name)
         self.hooks = []

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save as to_bytes
 from torch import nn
-from . import checkpoint, records
+from . import checkpoint, published, records
 from .records import BrokenOff, Parser, command_line, compiler_cache, unknown, writable
 from .csla import CSLA
 from .data import AUGMENTS, generator, load_data
@@ -296,15 +296,15 @@ def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None
 
 # %% ../nbs/03c_training.ipynb #563fc84a
 def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: int = 3) -> nn.Module:
-    "The net of `recipe`, or `model`, with the weights in the file `weights` (the authors' or ours). ValueError where they do not fit it."
-    have, net = checkpoint.foreign_weights(weights), build_model(model or recipe.model, mode, recipe, in_chans)
+    """The net of `recipe`, or `model`, with the weights in the file `weights`: ours, or in one of the `published.LAYOUTS`. ValueError where they do not fit it.
+
+    A deployed net's go into the branched one, which is then fused, or into the plain one."""
+    have, net = published.renamed(checkpoint.foreign_weights(weights)), build_model(model or recipe.model, mode, recipe, in_chans)
     want = {k: v.shape for k, v in net.state_dict().items()}
     if "linear.weight" in have and "linear.weight" in want and have["linear.weight"].shape != want["linear.weight"]:
         raise ValueError(f"{weights} has {len(have['linear.weight'])} classes and {have['linear.weight'].shape[1]} features, {model or recipe.model} for {recipe.name} has {want['linear.weight'][0]} and {want['linear.weight'][1]}")
-    wrong = sorted(k for k in {*have, *want} if not k.endswith("num_batches_tracked") and (k not in have or have[k].shape != want.get(k)))
-    if wrong: raise ValueError(f"{weights} does not fit {model or recipe.model}: {len(wrong)} names or shapes differ, {', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}")
-    net.load_state_dict(have, strict=False)
-    return net.eval()
+    try: return published.load_into(net, have).eval()
+    except ValueError as e: raise ValueError(f"{weights} does not fit {model or recipe.model} in mode {mode}: {e}. Name the net by --model, and --mode csla or hs for one with branches") from None
 
 
 def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="target") -> dict:
@@ -723,7 +723,7 @@ def named_scales(name, recipe: Recipe):
     from repopt.scales import load_scales
     if name is None: return None
     if name in ("ones", "sqrt2l"): return initial_scales(recipe.model, name)
-    if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.load(name)
+    if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.read(name)
     return load_scales(name)
 
 
