@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from . import records
-from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs
-from .models import count, create_model, figure1, figure2
+from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs, stages_of
+from .models import count, create_model, figure1, figure2, initial_scales
 from .quantization import figure3, figure5
 from .speed import TABLE3
 from .records import mean_std, paper_table, write_atomic
@@ -188,6 +188,13 @@ def results(found, recipe: str) -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/07_paper.ipynb #02d5d403
+def _by_stage(ax, model: str, means, title: str):
+    "Fig. 7 of a search: a curve a stage, each named where it begins"
+    stages = stages_of(initial_scales(model))
+    plot_blocks(ax, means, stages, title)
+    ax.set_xticks([a for a, _ in stages], [f"stage {k}" for k in range(len(stages))], fontsize=7)
+
+
 def figures(found) -> dict:
     "{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 4 at initialisation, 3 and 5 from a spread, 6 and 7 from a search"
     import matplotlib.pyplot as plt
@@ -199,7 +206,7 @@ def figures(found) -> dict:
     vggs = lambda model: model.startswith("repoptvgg")
     sets = {records.lookup(r, "data__name") for r in found if r["experiment"] == "search" and vggs(records.lookup(r, "model"))}
     searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d)) if (s := first("search", data__name=d, model=vggs))]      # the paper's two sets, then others
-    for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: plot_blocks(ax, a[-1], f"{name}: after the search"))) if searches else ():
+    for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]), f"{name}: last block of stage 3")), (7, lambda ax, s, a, name: _by_stage(ax, s["asked"]["model"], a[-1], f"{name}: after the search"))) if searches else ():
         figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
         for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], label(s["asked"]["recipe"]))
     vgg, opt = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg")), first("spread", optimizer="repsgd")

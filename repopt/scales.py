@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from math import sqrt
+from importlib.resources import files
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
@@ -286,7 +287,7 @@ def main(argv=None) -> int:
 Scales.read = staticmethod(read_scales)
 
 # %% ../nbs/01a_scales.ipynb #2dc44901
-ASSETS = Path(__file__).parent/"assets"/"scales" if "__file__" in globals() else Path("../repopt/assets/scales")
+ASSETS = Path(str(files("repopt")))/"assets"/"scales"
 
 def load_scales(name: str) -> Scales:
     "The scales that ship for an architecture, found by our own Hyper-Search. ValueError says how to search where none ship."

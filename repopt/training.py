@@ -13,6 +13,7 @@ import contextlib, difflib, fcntl, io, json, math, os, re, signal, tempfile, tim
 from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from importlib.resources import files
 from math import cos, pi
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,7 +74,7 @@ class Recipe:
         return {k: v for k, v in _plain(asdict(self)).items() if k not in later or v != later[k]}
 
 # %% ../nbs/03c_training.ipynb #07032b71
-RECIPES = Path(__file__).parent/"assets"/"recipes" if "__file__" in globals() else Path("../repopt/assets/recipes")
+RECIPES = Path(str(files("repopt")))/"assets"/"recipes"
 _CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"),
                 compile=(True, False, "auto"), channels_last=(True, False, "auto"), scale_init=("ones", "sqrt2l"),
                 init=("msra", "torch"), identity=("one", "searched"))
