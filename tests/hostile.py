@@ -66,7 +66,7 @@ def kind(name):
     return lambda f: KINDS.append((name, f)) or f
 
 
-def cases(word=""): return [c._replace(kind=k) for k, f in KINDS for c in f() if not word or word == k or word in c.what]
+def cases(word=""): return [c._replace(kind=k) for k, f in KINDS for c in f() if not word or word == k or word not in {k for k, _ in KINDS} and word in c.what]
 
 
 def case(what, do, exit, *words, **more):
@@ -133,6 +133,11 @@ def command(words):
     return main(argv)
 
 
+def found_run(folder) -> str:
+    "The id of the run in build/, which `$ID` stands for"
+    return next((p.name for p in folder.glob("build/runs/*")), "none")
+
+
 def perform(c, log, folder):
     "Let the case happen. What `forked` says of it; `changed` names the objects that it watched and that are not as they were"
     watched, path = [], log.with_suffix(".watched")
@@ -144,7 +149,7 @@ def perform(c, log, folder):
         for m in c.without:
             for loaded in [n for n in sys.modules if n == m or n.startswith(f"{m}.")]: del sys.modules[loaded]
             sys.modules[m] = None
-        if isinstance(c.do, str): return command(c.do)
+        if isinstance(c.do, str): return command(c.do.replace("$ID", found_run(folder)))
         try: c.do(watch)
         finally: path.write_text(" ".join(type(x).__name__ for x, before in watched if digest(x) != before))
         return OK
@@ -243,7 +248,7 @@ def finished(c, folder, out):
 
 # Recipes
 
-DIGITS = dict(data="digits", num_classes=10, image_size=8, test_size=8, model="repoptvgg_digits", strides="null", epochs=1, test_epochs=1,
+DIGITS = dict(data="digits", num_classes=10, image_size=8, test_size=8, model="repoptvgg_digits", strides="[2, 2, 2, 2, 1]", epochs=1, test_epochs=1,
               batch_size=648, lr_batch=64, lr=.01, momentum=.9, nesterov="true", weight_decay="4.0e-5", optimizer="sgd", warmup_epochs=0,
               schedule="cosine", label_smoothing=.1, clip_norm="null", bn_batch="null", augment="none", precision="fp32", compile="false",
               channels_last="true", scale_init="sqrt2l", init="msra", identity="one")
@@ -931,6 +936,627 @@ def itself():
     d = {}
     d["model"] = d
     return d
+
+
+# Runs that were stopped or finished
+
+def digits_run(folder, *more, kill=0):
+    "Make the digits run below `folder`; with `kill`, as one that is asked to stop after so many checkpoints"
+    from repopt import training
+    (folder.parent/"r.yaml").write_text(digits(epochs=2))
+    os.environ["REPOPT_BUILD"] = str(folder)
+    save, times = checkpoint.save, iter(range(1, 99))
+    def counted(*a, **k):
+        done = save(*a, **k)
+        if next(times) == kill: os.kill(os.getpid(), signal.SIGTERM)
+        return done
+    checkpoint.save = counted
+    try: return training.main(["--recipe", str(folder.parent/"r.yaml"), *more])
+    finally: checkpoint.save = save
+
+
+@fixture
+def stopped(folder):
+    "A run with two checkpoints"
+    with suppress(SystemExit): digits_run(folder, "--save-seconds", "0", kill=2)
+    assert len([*folder.glob("runs/*/step-*.pt")]) == 2
+
+
+@fixture
+def finished_run(folder): assert digits_run(folder) == 0
+
+
+@fixture
+def finished_search(folder):
+    from repopt import hyper_search
+    (folder.parent/"r.yaml").write_text(digits())
+    os.environ["REPOPT_BUILD"] = str(folder)
+    assert hyper_search.main(["--recipe", str(folder.parent/"r.yaml")]) == 0
+
+
+def each_step(change, newest=False, of=None):
+    "The stopped run, with `change(path)` done to its checkpoints, or to the newest"
+    def put(path):
+        (of or stopped)(path)
+        found = sorted(path.glob("runs/*/step-*.pt"), key=lambda p: int(p.stem[5:]))
+        for p in found[-1:] if newest else found: change(p)
+    return put
+
+
+def rewritten(change):
+    "A change of a checkpoint's content, signed again"
+    def to(path):
+        state = change(torch.load(path, weights_only=True))
+        torch.save(state, path)
+        path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    return to
+
+
+def lacks(*keys): return rewritten(lambda s: {k: v for k, v in s.items() if k not in keys})
+def has(**values): return rewritten(lambda s: {**s, **values})
+def shortened(p): p.write_bytes(p.read_bytes()[:-100])
+def emptied(p): p.write_bytes(b"")
+
+
+def foldered(p):
+    p.unlink()
+    p.mkdir()
+
+
+@kind("checkpoint")
+def checkpoints():
+    "The run goes on where it can, and says what it was stopped by where it cannot: nothing is begun again unasked"
+    go = "training --recipe r.yaml --save-seconds 0"
+    files = {"r.yaml": digits(epochs=2)}
+    all_of_them = {
+        "cut": shortened, "empty": emptied, "a byte changed": lambda p: flipped(lambda q: None, 2000)(p), "no sha256": lambda p: p.with_suffix(".sha256").unlink(),
+        "another's sha256": lambda p: p.with_suffix(".sha256").write_text("0"*64), "an empty sha256": lambda p: p.with_suffix(".sha256").write_text(""),
+        "a newer format": has(format=99), "no format": lacks("format"), "without model": lacks("model"), "without optimizer": lacks("optimizer"),
+        "without position": lacks("position"), "without asked": lacks("asked"), "another run's": has(asked=dict(seed=7)), "a list": rewritten(lambda s: [1, 2]),
+        "a number": rewritten(lambda s: 3), "code": rewritten(lambda s: Evil()), "folders": foldered, "TorchScript": lambda p: (script(p), p.with_suffix(".sha256").write_text(hashlib.sha256(p.read_bytes()).hexdigest())),
+        "no tensors in model": has(model={}), "a kernel missing": rewritten(lambda s: {**s, "model": {k: v for k, v in s["model"].items() if k != FIRST}}),
+        "a kernel of another shape": rewritten(lambda s: {**s, "model": {**s["model"], FIRST: torch.ones(3)}}), "an optimizer of others": has(optimizer=dict(state={}, param_groups=[])),
+        "an epoch below zero": rewritten(lambda s: {**s, "position": {**s["position"], "epoch": -1}}), "a position of words": has(position="here")}
+    for what, change in all_of_them.items():
+        yield case(f"all: {what}", go, 2, r"step-\d+\.pt", "--restart" if "another" not in what or "sha" in what else "", files={**files, "build": each_step(change)}, also="Warning|warn")
+        if what in ("cut", "a newer format", "without model", "code", "folders"):
+            yield case(f"all: {what}, begun again", f"{go} --restart", OK, files={**files, "build": each_step(change)}, may=("build/*",))
+    for what in ("cut", "empty", "no sha256", "without model", "no format", "folders"):
+        yield case(f"the newest: {what}", go, OK, files={**files, "build": each_step(all_of_them[what], newest=True)}, may=("build/*",))
+    def record(change):
+        def put(path):
+            finished_run(path)
+            for p in path.glob("runs/*/record.json"): change(p)
+        return {**files, "build": put}
+    for what, change in {"cut": shortened, "empty": emptied, "a list": lambda p: p.write_text("[]"), "no metrics": lambda p: p.write_text("{}"), "a folder": foldered,
+                         "a number": lambda p: p.write_text("7"), "NaN": lambda p: p.write_text(re.sub(r'"top1": [\d.]+', '"top1": NaN', p.read_text()))}.items():
+        yield case(f"the record of a finished run: {what}", "training --recipe r.yaml", 2, r"record\.json", files=record(change))
+        yield case(f"INT8 of a run whose record is {what}", "quantization --runs $ID", 2, r"record\.json", files=record(change))
+    yield case("INT8 of a search", "quantization --runs $ID", 2, "search", files={"build": finished_search})
+    yield case("INT8 of a run without weights", "quantization --runs $ID", 2, r"final\.safetensors", files={"build": without_weights})
+    yield case("INT8 of a run with cut weights", "quantization --runs $ID", 2, r"final\.safetensors", files={"build": each_file("final.safetensors", shortened)})
+    yield case("INT8 onto a file", "quantization --runs $ID --out r.yaml", 2, r"r\.yaml", files={**files, "build": finished_run})
+    yield case("a run's folder is a file", go, 2, "runs", files={**files, "build/runs": "x"})
+
+
+def each_file(name, change):
+    def put(path):
+        finished_run(path)
+        for p in path.glob(f"runs/*/{name}"): change(p)
+    return put
+
+
+without_weights = each_file("final.safetensors", lambda p: p.unlink())
+
+
+# Records
+
+def record(**other) -> str:
+    "The text of a record with other values (None: without)"
+    asked = dict(recipe=dict(name="digits"), model="repoptvgg_digits", mode="target", optimizer="sgd", seed=0)
+    r = records.make_record("train", asked, dict(top1=97.5, loss=.1, best_top1=97.5), [dict(epoch=0, top1=97.5)])
+    return json.dumps({k: v for k, v in {**r, **other}.items() if v is not ...})
+
+
+@kind("record")
+def record_files():
+    good = record()
+    for what, text in {
+            "cut": good[:-30], "empty": "", "a list": "[]", "a number": "7", "null": "null", "a word": '"train"', "UTF-16": good.encode("utf-16"), "junk": bytes(range(256)), "HTML": "<html></html>",
+            "of a newer format": record(format=2), "format as text": record(format="1"), "no id": record(id=...), "no asked": record(asked=...), "no metrics": record(metrics=...), "no experiment": record(experiment=...),
+            "no status": record(status=...), "no where": record(where=...), "an id of others": record(id="0123456789"), "an id of a number": record(id=7), "id null": record(id=None), "asked changed": good.replace('"seed": 0', '"seed": 1'),
+            "NaN": record(metrics=dict(top1=float("nan"))), "inf": record(metrics=dict(top1=float("inf"))), "NaN within a list": record(metrics=dict(speedup=2., speedup_quartiles=[1., float("nan")])), "a text for a number": record(metrics=dict(top1="97.5")),
+            "true for a number": record(metrics=dict(top1=True)), "a list for a number": record(metrics=dict(top1=[97.5])), "metrics a list": record(metrics=[97.5]), "metrics null": record(metrics=None), "asked a text": record(asked="digits"), "asked a list": record(asked=[]),
+            "an experiment that nobody knows": record(experiment="dance"), "an experiment of a number": record(experiment=3), "epochs of a number": record(epochs=3), "epochs with NaN": record(epochs=[dict(top1=float("nan"))]), "where of a list": record(where=[]),
+            "status of a number": record(status=1), "a key twice": good[:-1] + ', "metrics": {"top1": 100.0}}', "two records": good + good}.items():
+        yield case(what, "records --out out", 2, r"a\.json", files={"out/runs/a.json": text})
+    yield case("a folder named .json", "records --out out", 2, r"a\.json", files={"out/runs/a.json/x": ""})
+    yield case("a dangling link", "records --out out", 2, r"a\.json", files={"out/runs/a.json": link("gone")})
+    yield case("runs is a file", "records --out out", 2, "out", files={"out/runs": "x"})
+    yield case("one damaged among good ones", "records --out out", 2, r"b\.json", files={"out/runs/a.json": good, "out/runs/b.json": good[:-1]})
+    yield case("a good one", "records --out out", OK, files={"out/runs/a.json": good}, after=lambda folder, out: same(len(out.splitlines()), 1))
+    def copied(watch):
+        Path("out/runs").mkdir(parents=True)
+        for name in ("a", "b", "copy of a"): Path(f"out/runs/{name}.json").write_text(good)
+        same(len(records.find("train", "out")), 1)
+    yield case("one record under three names counts once", copied, (OK, ValueError), "copy|twice|same", may=("out*",))
+    def means(values): return lambda watch: records.mean_std(values)
+    for what, values in {"NaN": [1., float("nan")], "texts": ["1", "2"], "a list": [[1.], [2.]], "true": [True, False]}.items():
+        yield case(f"the mean of {what}", means(values), ValueError, "number|finite|nan|'1'|true|list")
+    yield case("table 13 of the paper", lambda watch: records.paper_table(13), ValueError, "13", "12")
+    yield case("table x of the paper", lambda watch: records.paper_table("x"), ValueError, "x", "12")
+    yield case("a record of an experiment that nobody knows", lambda watch: records.make_record("dance", {}, {}), ValueError, "dance")
+    yield case("a record of NaN", lambda watch: records.write(records.make_record("train", {}, dict(top1=float("nan"))), "out"), ValueError, "top1|finite|nan")
+
+
+def same(a, b): assert a == b, f"{a} where {b} was right"
+
+
+# The machine
+
+@kind("environment")
+def environments():
+    files = {"r.yaml": digits(), "a.txt": "mine"}
+    run = "training --recipe r.yaml"
+    for place in ("a.txt", "a.txt/x", "/proc/x", "/dev/full", "/dev/null/x"):
+        yield case(f"REPOPT_BUILD={place}", run, 2, re.escape(place), files=files, env=dict(REPOPT_BUILD=place))
+        yield case(f"hyper_search with REPOPT_BUILD={place}", "hyper_search --recipe r.yaml", 2, re.escape(place), files=files, env=dict(REPOPT_BUILD=place))
+    for value in ("soon", "nan", "-1"): yield case(f"REPOPT_SAVE_SECONDS={value}", run, 2, "REPOPT_SAVE_SECONDS|save.seconds", files=files, env=dict(REPOPT_SAVE_SECONDS=value))
+    for value in ("nosuch", "a.txt", "/proc/x"): yield case(f"REPOPT_DATA={value}", f"{run} --set data=pics", 2, re.escape(value), files=files, env=dict(REPOPT_DATA=value))
+    yield case("REPOPT_DATA of nothing", f"{run} --set data=pics", 2, "REPOPT_DATA|data", files=files, env=dict(REPOPT_DATA=""))
+    yield case("WORLD_SIZE=many", run, 2, "WORLD_SIZE", files=files, env=dict(WORLD_SIZE="many"))
+    yield case("RANK without a world", run, (OK, 2), "RANK|WORLD", files=files, env=dict(RANK="x"))
+    yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
+    for what, env in {"TORCHINDUCTOR_CACHE_DIR=/proc/x": dict(TORCHINDUCTOR_CACHE_DIR="/proc/x"), "TORCHINDUCTOR_CACHE_DIR of a file": dict(TORCHINDUCTOR_CACHE_DIR="a.txt"),
+                      "no compiler": dict(CXX="/nonexistent/c++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")}.items():
+        yield case(what, f"{run} --set compile=true", OK, files=files, env=env)
+    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK, files={"out/runs/a.json": record()}, shell=True)
+    yield case("an error in a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
+    many = {f"out/runs/{k}.json": record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400)}
+    yield case("records to a pipe that is closed", "python -m repopt.records --out out | head -n 1", OK, files=many, shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))
+    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=many, shell=True)
+    yield case("records to a full device", "python -m repopt.records --out out > /dev/full", (1, 2), "error: .*(space|full)", files=many, shell=True)
+    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK, files=files, shell=True)
+    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files, shell=True)
+    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-", 2, files=files, shell=True)
+    yield case("a working folder that is gone", "mkdir d && cd d && rmdir ../d && python -m repopt.training --recipe nosuch", 2, "nosuch|folder", files=files, shell=True)
+    yield case("a disk that takes 100 kB a file", run, (1, 2), "safetensors|written|large|space", files=files, disk=100_000, also="Warning|warn")
+    yield case("a disk that takes nothing", run, (1, 2), "written|large|space", files=files, disk=1, also="Warning|warn")
+    yield case("a search on a disk that takes 100 kB a file", "hyper_search --recipe r.yaml", (1, 2), "safetensors|written|large|space", files=files, disk=100_000, also="Warning|warn")
+    yield case("records on a disk that is full", f"{run} --out out", (1, 2), "out|written|large", files={**files, "build": finished_run, "r.yaml": digits(epochs=2)}, disk=100, may=("out*",))
+    yield case("packing on a disk that takes 500 bytes a file", "data pack pics to", 2, "to", files={"pics": two_classes}, disk=500)
+    yield case("scales converted on a disk that is full", "scales convert s.safetensors o.safetensors", 2, "o.safetensors", files={"s.safetensors": scales_file()}, disk=100)
+    pictures_72 = {"r.yaml": pictures(image_size=72, test_size=72), "pics": two_classes}
+    for what, words, missing, given, named in (
+            ("torchao", "quantization --runs $ID", ("torchao",), {"build": finished_run}, "torchao"), ("timm", "speed --infer timm/resnet18", ("timm",), {}, "timm"),
+            ("torchvision for vgg16", "speed --infer vgg16", ("torchvision",), {}, "torchvision"), ("scikit-learn for digits", run, ("sklearn",), files, "scikit-learn|sklearn"),
+            ("torchvision for pictures", "training --recipe r.yaml --data .", ("torchvision",), pictures_72, "torchvision"), ("Pillow for pictures", "training --recipe r.yaml --data .", ("PIL",), pictures_72, "Pillow|PIL"),
+            ("onnx", "quantization --speed repoptvgg_digits", ("onnx",), {}, "onnx"), ("onnxruntime", "quantization --speed repoptvgg_digits", ("onnxruntime",), {}, "onnxruntime")):
+        yield case(f"without {what}", words, 2, named, "pip install|not installed|needs", files=given, without=missing)
+
+
+# Optimizers
+
+TEXTBOOK = {"SGD": dict(lr=.05, momentum=.9), "_Lion": dict(lr=1e-3)}
+COUPLED = ("Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta")
+
+
+def small() -> nn.Module:
+    "A kernel with an identity, one without, and a bias"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, 2, 1)).double()
+
+
+def small_scales(scale=1.) -> dict:
+    net, draw = small(), torch.Generator().manual_seed(1)
+    return {f"{n}.weight": {b: torch.rand(4, generator=draw, dtype=torch.double)*scale + .5 for b in rep_branches(m)}
+            for n, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def grads(net, seed=0):
+    "Gradients for all parameters, the same for the same names"
+    for i, (_, p) in enumerate(sorted(net.named_parameters())):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100*seed + i), dtype=p.dtype)
+
+
+def stepped(opt, net, steps=3):
+    for k in range(steps):
+        grads(net, k)
+        opt.step()
+    return [p.detach().clone() for _, p in sorted(net.named_parameters())]
+
+
+def close(a, b, apart=1e-12):
+    for x, y in zip(a, b, strict=True): assert (x - y).norm() <= apart*y.norm(), f"{float((x - y).norm()/y.norm()):.2g} from the right value"
+
+
+def spoil(branch=None, value=None, name="0.weight"):
+    "The scales with one vector, or one name, of something else"
+    s = small_scales()
+    if branch: s[name][branch] = value
+    else: s[value] = s.pop(name)
+    return s
+
+
+NET = small
+CONSTRUCTION = {
+    "no scales at all": (lambda cls, net: cls(net.named_parameters()), "scales"),
+    "scales=None": (lambda cls, net: cls(net.named_parameters(), scales=None), "scales"),
+    "scales of no kernel": (lambda cls, net: cls(net.named_parameters(), scales={}), "0.weight"),
+    "scales by a word": (lambda cls, net: cls(net.named_parameters(), scales="ones"), "scales"),
+    "scales as a list": (lambda cls, net: cls(net.named_parameters(), scales=[1., 2.]), "scales"),
+    "scales of NaN": (lambda cls, net: cls(net.named_parameters(), scales=spoil("conv", torch.full((4,), torch.nan))), "0.weight.*finite"),
+    "scales too long": (lambda cls, net: cls(net.named_parameters(), scales=spoil("conv", torch.ones(5))), "0.weight"),
+    "scales of two dimensions": (lambda cls, net: cls(net.named_parameters(), scales=spoil("conv", torch.ones(4, 1))), "0.weight.*shape"),
+    "complex scales": (lambda cls, net: cls(net.named_parameters(), scales=spoil("conv", torch.ones(4) + 1j)), "0.weight.*complex"),
+    "scales of text": (lambda cls, net: cls(net.named_parameters(), scales=spoil("conv", "ones")), "0.weight"),
+    "a branch that nobody knows": (lambda cls, net: cls(net.named_parameters(), scales=spoil("pool", torch.ones(4))), "pool"),
+    "another kernel's name": (lambda cls, net: cls(net.named_parameters(), scales=spoil(value="9.weight")), "9.weight"),
+    "the names of a wrapper": (lambda cls, net: cls(net.named_parameters(), scales={f"backbone.{n}": s for n, s in small_scales().items()}), "backbone"),
+    "parameters without names": (lambda cls, net: cls(net.parameters(), scales=small_scales()), "named_parameters"),
+    "a set of parameters": (lambda cls, net: cls(set(net.parameters()), scales=small_scales()), "set|order|name"),
+    "a set of pairs": (lambda cls, net: cls(set(net.named_parameters()), scales=small_scales()), "set|order"),
+    "a group that is a set": (lambda cls, net: cls([dict(params=set(net.named_parameters()))], scales=small_scales()), "set|order"),
+    "a net": (lambda cls, net: cls(net, scales=small_scales()), "named_parameters"),
+    "one tensor": (lambda cls, net: cls(net[0].weight, scales=small_scales()), "named_parameters|iterable|name"),
+    "a dict of parameters": (lambda cls, net: cls(dict(net.named_parameters()), scales=small_scales()), "named_parameters|group"),
+    "None": (lambda cls, net: cls(None, scales=small_scales()), "param"),
+    "no parameters": (lambda cls, net: cls([], scales=small_scales()), "empty"),
+    "a group without parameters": (lambda cls, net: cls([dict(params=[*net.named_parameters()]), dict(lr=.1)], scales=small_scales()), "params"),
+    "a parameter twice": (lambda cls, net: cls([*net.named_parameters(), ("0.weight", net[0].weight)], scales=small_scales()), "twice.*0.weight|0.weight.*twice"),
+    "a tensor under two names": (lambda cls, net: cls([*net.named_parameters(), ("tied", net[0].weight)], scales=small_scales()), "twice|share|tied"),
+    "two kernels of one name": (lambda cls, net: cls([*net.named_parameters(), ("module.0.weight", nn.Parameter(net[0].weight.clone()))], scales=small_scales()), "0.weight"),
+    "a name that is a number": (lambda cls, net: cls([(0, net[0].weight)], scales=small_scales()), "name"),
+    "an activation": (lambda cls, net: cls([(n, p*1) for n, p in net.named_parameters()], scales=small_scales()), "leaf|0.weight"),
+    "a complex kernel": (lambda cls, net: cls([("0.weight", nn.Parameter(net[0].weight + 0j)), ("2.weight", net[2].weight)], scales=small_scales()), "complex.*0.weight|0.weight.*complex"),
+    "a sparse parameter": (lambda cls, net: cls([*net.named_parameters(), ("e", nn.Parameter(torch.eye(3).to_sparse()))], scales=small_scales()), "sparse.*e|e.*sparse"),
+    "integers": (lambda cls, net: cls([("0.weight", torch.ones(4, 4, 3, 3, dtype=torch.int)), ("2.weight", net[2].weight)], scales=small_scales()), "0.weight|float|int|dtype"),
+    "a learning rate below zero": (lambda cls, net: cls(net.named_parameters(), lr=-1., scales=small_scales()), "learning rate"),
+    "an option that does not exist": (lambda cls, net: cls(net.named_parameters(), learning=1., scales=small_scales()), "learning"),
+    "plain of a number": (lambda cls, net: cls(net.named_parameters(), plain=3, scales=small_scales()), "plain"),
+}
+
+
+def classes():
+    "Every class that is stepped by a rule of its own, and one on explicit branches"
+    return [rep_optimizer(c) for c in RULES] + [rep_optimizer(torch.optim.Adafactor)]
+
+
+def made_of(cls, net, **more):
+    return cls(net.named_parameters(), **{**TEXTBOOK.get(cls.torch_class.__name__, {}), "scales": small_scales(), **more})
+
+
+@kind("optimizer built")
+def optimizers_built():
+    for cls in classes():
+        for what, (build, *said) in CONSTRUCTION.items():
+            def do(watch, cls=cls, build=build): build(cls, watch(small()))
+            yield case(f"{cls.__name__}: {what}", do, (ValueError, TypeError), *said)
+    for cls in map(rep_optimizer, (c for c in RULES if c.__name__ in COUPLED)):
+        def do(watch, cls=cls): made_of(cls, watch(small()), weight_decay=.1)
+        yield case(f"{cls.__name__}: coupled decay", do, ValueError, "weight_decay", "exact|decoupled")
+    for c, said in ((torch.optim.LBFGS, "LBFGS"), (torch.optim.SparseAdam, "SparseAdam"), (nn.Linear, "Linear"), ("SGD", "SGD|class"), (None, "None|class"), (torch.optim.SGD([nn.Parameter(torch.ones(1))], .1), "SGD|class")):
+        yield case(f"rep_optimizer of {getattr(c, '__name__', type(c).__name__)}", lambda watch, c=c: rep_optimizer(c), ValueError, said)
+    for c, rule in ((torch.optim.SGD, "magic"), (torch.optim.Adafactor, "branch"), (torch.optim.Adam, "gradient")):
+        yield case(f"rep_optimizer({c.__name__}, {rule!r})", lambda watch, c=c, rule=rule: rep_optimizer(c, rule), ValueError, f"{rule}|{c.__name__}")
+    for name, value in (("eps_form", "average"), ("differentiable", True)):
+        yield case(f"RepAdamW({name}={value})", lambda watch, name=name, value=value: made_of(repopt.RepAdamW, watch(small()), **{name: value}), ValueError, name)
+    def zero(watch):
+        net = nn.Sequential(nn.Conv2d(4, 0, 3))
+        repopt.RepSGD(net.named_parameters(), lr=.1, scales={"0.weight": dict(conv=torch.ones(0))})
+    yield case("a kernel of no channels", zero, (OK, ValueError), "0.weight")
+
+
+def another_class(cls): return repopt.RepAdamW if cls.torch_class is not torch.optim.AdamW else repopt.RepSGD
+
+
+@kind("optimizer used")
+def optimizers_used():
+    for cls in classes():
+        name, coupled = cls.__name__, cls.torch_class.__name__ in COUPLED
+        def used(watch, cls=cls, **more):
+            opt = made_of(cls, net := small(), **more)
+            stepped(opt, net, 1)
+            grads(net, 5)
+            return net, watch(opt)
+        def closure(watch, used=used):
+            net, opt = used(watch)
+            def fails(): raise ZeroDivisionError("in the closure")
+            opt.step(fails)
+        yield case(f"{name}: a closure that raises", closure, ZeroDivisionError, "in the closure")
+        def nothing(watch, cls=cls):
+            opt = made_of(cls, net := small())
+            before = [p.detach().clone() for p in net.parameters()]
+            opt.step()
+            close([p.detach() for p in net.parameters()], before)
+        yield case(f"{name}: no gradients", nothing, OK)
+        def sparse(watch, used=used):
+            net, opt = used(lambda x: x)
+            net[0].weight.grad = net[0].weight.grad.to_sparse()
+            watch(opt).step()
+        yield case(f"{name}: a sparse gradient", sparse, ValueError, "0.weight", "sparse")
+        if coupled:
+            def later(watch, used=used):
+                net, opt = used(lambda x: x)
+                opt.param_groups[0]["weight_decay"] = .1
+                watch(opt).step()
+            yield case(f"{name}: coupled decay set later", later, ValueError, "weight_decay")
+            def loaded(watch, used=used):
+                net, opt = used(lambda x: x)
+                state = opt.state_dict()
+                state["param_groups"][0]["weight_decay"] = .1
+                opt.load_state_dict(state)
+                watch(opt).step()
+            yield case(f"{name}: coupled decay from a state", loaded, ValueError, "weight_decay")
+            def group(watch, used=used):
+                net, opt = used(watch)
+                opt.add_param_group(dict(params=[("b", nn.Parameter(torch.ones(2)))], weight_decay=.1))
+            yield case(f"{name}: a group of coupled decay", group, ValueError, "weight_decay")
+        def bare(watch, used=used):
+            net, opt = used(watch)
+            opt.add_param_group(dict(params=[nn.Parameter(torch.ones(4, 4, 3, 3))]))
+        yield case(f"{name}: a group without names", bare, ValueError, "name|later|built")
+        for what, state, *said in (
+                ("torch's own", lambda cls, opt, net: cls.torch_class(net.parameters(), **TEXTBOOK.get(cls.torch_class.__name__, {})).state_dict(), "scales"),
+                ("of other scales", lambda cls, opt, net: made_of(cls, small(), scales=small_scales(2.)).state_dict(), "scales", "0.weight"),
+                ("of another class", lambda cls, opt, net: with_state(another_class(cls)), "SGD|AdamW|state|made"),
+                ("empty", lambda cls, opt, net: {}, "scales|state"), ("None", lambda cls, opt, net: None, "state"), ("a list", lambda cls, opt, net: [1], "state|dict"),
+                ("without groups", lambda cls, opt, net: {k: v for k, v in opt.state_dict().items() if k != "param_groups"}, "param_groups"),
+                ("of fewer parameters", lambda cls, opt, net: fewer(cls), "param|group|scales|name|2\\.")):
+            def load(watch, used=used, state=state, cls=cls):
+                net, opt = used(watch)
+                opt.load_state_dict(state(cls, opt, net))
+            yield case(f"{name}: a state {what}", load, (ValueError, TypeError) if what in ("None", "a list") else ValueError, *said)
+        def reordered(watch, cls=cls):
+            nets = [small(), small()]
+            first = made_of(cls, nets[0])
+            stepped(first, nets[0])
+            nets[1].load_state_dict(nets[0].state_dict())
+            pairs = [*nets[1].named_parameters()]
+            second = cls(pairs[::-1], **{**TEXTBOOK.get(cls.torch_class.__name__, {}), "scales": small_scales()})
+            second.load_state_dict(first.state_dict())
+            close(stepped(second, nets[1]), stepped(first, nets[0]))
+        yield case(f"{name}: a state in another order goes by names, or is refused", reordered, (OK, ValueError), "order|name")
+        def strided(watch, cls=cls):
+            nets = [small(), small()]
+            nets[1][0].weight = nn.Parameter(nets[1][0].weight.detach().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3))
+            close(*[stepped(made_of(cls, n), n) for n in nets])
+        yield case(f"{name}: a kernel in another order of memory", strided, (OK, ValueError), "contiguous")
+
+
+def with_state(cls):
+    opt = made_of(cls, net := small())
+    stepped(opt, net, 1)
+    return opt.state_dict()
+
+
+def fewer(cls):
+    net = small()[:1]
+    opt = cls(net.named_parameters(), **{**TEXTBOOK.get(cls.torch_class.__name__, {}), "scales": {"0.weight": small_scales()["0.weight"]}})
+    return opt.state_dict()
+
+
+# The rest of the library
+
+def sgd(net, **more): return torch.optim.SGD(net.named_parameters(), lr=.05, momentum=.9, **more)
+
+
+@kind("attach and clip")
+def attach_and_clip():
+    right = lambda: stepped(repopt.RepSGD((net := small()).named_parameters(), lr=.05, momentum=.9, scales=small_scales()), net)
+    def bad(what, do, *said, exit=ValueError): return case(what, do, exit, *said)
+    for what, opt in {"Adam": lambda net: torch.optim.Adam(net.named_parameters()), "no optimizer": lambda net: net, "None": lambda net: None, "a RepOptimizer": lambda net: made_of(repopt.RepSGD, net),
+                      "an SGD without names": lambda net: torch.optim.SGD(net.parameters(), .1)}.items():
+        yield bad(f"attach to {what}", lambda watch, opt=opt: attach(watch(opt(small())), small_scales()), "attach|names|SGD|optimizer")
+    for what, scales in {"None": lambda: None, "others": lambda: spoil(value="9.weight"), "NaN": lambda: spoil("conv", torch.full((4,), torch.nan)), "too long": lambda: spoil("conv", torch.ones(5))}.items():
+        yield bad(f"attach with scales {what}", lambda watch, scales=scales: attach(watch(sgd(small())), scales()), "scales|weight")
+    def twice(watch):
+        opt = sgd(net := small())
+        for _ in range(2): attach(opt, small_scales())
+        close(stepped(opt, net), right())
+    def closures(watch):
+        opt = sgd(net := small())
+        attach(opt, small_scales())
+        for k in range(3): opt.step(lambda: grads(net, k))
+        close([p.detach() for _, p in sorted(net.named_parameters())], right())
+    def copied(watch, copy=deepcopy):
+        opt = sgd(net := small())
+        attach(opt, small_scales())
+        opt2 = copy(opt)
+        pairs = {n: p for g in opt2.param_groups for n, p in zip(g["param_names"], g["params"])}
+        for k in range(3):
+            grads(net, k)
+            for n, p in net.named_parameters(): pairs[n].grad = p.grad
+            opt2.step()
+        close([pairs[n].detach() for n in sorted(pairs)], right())
+    def removed(watch):
+        opt = sgd(net := small())
+        attach(opt, small_scales()).remove()
+        close(stepped(opt, net), stepped(sgd(net := small()), net))
+    yield case("attach twice is once, or refused", twice, (OK, ValueError), "attach|twice|already")
+    yield case("attach and a closure", closures, (OK, ValueError), "closure")
+    yield case("a copy of an attached optimizer", copied, (OK, ValueError, TypeError), "attach|copy|copied|pickle")
+    yield case("an attached optimizer, pickled", lambda watch: copied(watch, lambda o: pickle.loads(pickle.dumps(o))), (OK, ValueError, TypeError), "attach|copy|pickle")
+    yield case("attached and removed", removed, OK)
+    def ready(watch, make=lambda net: made_of(repopt.RepSGD, net)):
+        net = small()
+        opt = make(net)
+        grads(net)
+        return watch(opt)
+    for what, norm in {"-1": -1., "NaN": float("nan"), "a word": "one", "None": None}.items():
+        yield bad(f"clip_grad_norm_ to {what}", lambda watch, norm=norm: clip_grad_norm_(ready(watch), norm), "max_norm", exit=(ValueError, TypeError))
+    for what, opt in {"torch's SGD": sgd, "a net": lambda net: net, "None": lambda net: None}.items():
+        yield bad(f"clip_grad_norm_ of {what}", lambda watch, opt=opt: clip_grad_norm_(opt(small()), 1.), "RepOptimizer|optimizer", exit=(ValueError, TypeError))
+    def infinite(watch):
+        net = small()
+        opt = made_of(repopt.RepSGD, net)
+        grads(net)
+        net[0].weight.grad[0] = torch.inf
+        clip_grad_norm_(watch(opt), 1., error_if_nonfinite=True)
+    yield case("clip_grad_norm_ of inf, as an error", infinite, RuntimeError, "norm", "inf|nan|finite")
+    yield case("clip_grad_norm_ without gradients", lambda watch: same(float(clip_grad_norm_(made_of(repopt.RepSGD, small()), 1.)), 0.), OK)
+
+
+def block(op=None, branches=None, **scales):
+    op = op if op is not None else nn.Conv2d(4, 4, 3, padding=1)
+    return repopt.Block(op, branches if branches is not None else rep_branches(nn.Conv2d(4, 4, 3, padding=1)), scales)
+
+
+@kind("scales, blocks, nets")
+def library():
+    from repopt.scales import strip_prefix
+    C, b = nn.Conv2d, dict(conv=torch.ones(4))
+    def bad(what, do, *said, exit=ValueError): return case(what, lambda watch: do(), exit, *said)
+    for what, m, *said in (("None", None, "scales|mapping|None"), ("a list", [1], "scales|mapping|list"), ("a number", 3, "scales|mapping|int"), ("a number for branches", {"a": 3}, "a"), ("no branches", {"a": {}}, "a", "branches"), ("a word for values", {"a": dict(conv="x")}, "a"),
+                           ("None for values", {"a": dict(conv=None)}, "a"), ("a number as name", {1: b}, "1|name"), ("branches of other lengths", {"a": dict(conv=torch.ones(3), identity=torch.ones(2))}, "a", "length"), ("a branch of words", {"a": {"pool 3": torch.ones(2)}}, "pool 3"),
+                           ("inf", {"a": dict(conv=torch.tensor([torch.inf]))}, "finite"), ("two names that become one", {"conv.weight": b, "module.conv.weight": b}, "conv.weight"), ("a file for a mapping", "s.safetensors", "scales|mapping|load")):
+        yield bad(f"Scales of {what}", lambda m=m: Scales(m), *said)
+    for how in ("zeros", None, 3): yield bad(f"Scales.initial(how={how!r})", lambda how=how: Scales.initial(small(), how), "how", "ones")
+    yield bad("Scales.initial of no conv", lambda: Scales.initial(nn.Linear(2, 2)), "conv")
+    yield bad("Scales.initial of None", lambda: Scales.initial(None), "model|Module", exit=(ValueError, TypeError))
+    def start(**more): return lambda watch: Scales(small_scales()).reinitialize_(watch(more.pop("net", small())), **more)
+    yield case("reinitialize_ of another net", start(net=nn.Sequential(C(3, 3, 3))), ValueError, "0.weight|2.weight")
+    yield case("reinitialize_(init='xavier')", start(init="xavier"), ValueError, "init", "xavier")
+    yield case("reinitialize_(identity='none')", start(identity="none"), ValueError, "identity", "none")
+    for name in ("nosuch", "../../README", "", "repoptvgg_digits.safetensors", None, 3): yield bad(f"load_scales({name!r})", lambda name=name: load_scales(name), "scales|name", "repoptvgg_digits")
+    yield bad("load_scales of a near name", lambda: load_scales("repoptvgg_digit"), "did you mean '?repoptvgg_digits|there are: repoptvgg_digits")
+    yield bad("extract_scales of a target", lambda: extract_scales(small()), "hs|Hyper-Search")
+    for name in ("pool", "conv_3", "conv_0x0", "conv_-1x1", "", "Conv", "conv_axb", None, 3): yield bad(f"named_branch({name!r})", lambda name=name: named_branch(name).view(torch.zeros(4, 4, 3, 3)), "branch")
+    for what, scales, shape, *said in (("None", None, (4, 4, 3, 3), "scales"), ("nothing", {}, (4, 4, 3, 3), "scales|branch"), ("other lengths", dict(conv=torch.ones(5)), (4, 4, 3, 3), "conv", "5"), ("a larger branch", dict(conv_5x5=torch.ones(4)), (4, 4, 3, 3), "5"), ("an even branch", dict(conv_2x2=torch.ones(4)), (4, 4, 3, 3), "2"),
+                                       ("an identity of 5 to 4", dict(identity=torch.ones(5)), (5, 4, 3, 3), "identity"), ("numbers", dict(conv=1.), (4, 4, 3, 3), "conv"), ("a shape of words", b, "abcd", "shape")):
+        yield bad(f"GradMult of {what}", lambda scales=scales, shape=shape: GradMult(scales, shape), *said, exit=(ValueError, TypeError) if shape == "abcd" else ValueError)
+    for what, do, *said in (("a ReLU", lambda: block(nn.ReLU()), "ReLU"), ("None", lambda: repopt.Block(None, {}), "None"), ("a transposed conv", lambda: block(nn.ConvTranspose2d(4, 4, 3)), "ConvTranspose2d"), ("padding by mirrors", lambda: block(C(4, 4, 3, padding=1, padding_mode="reflect")), "padding_mode"),
+                            ("no branches", lambda: block(branches={}), "branch"), ("words for branches", lambda: block(branches=dict(conv="conv")), "conv"), ("scales of others", lambda: block(pool=1.), "pool"), ("scales too long", lambda: block(conv=torch.ones(5)), "conv", "5"), ("scales of NaN", lambda: block(conv=float("nan")), "conv", "finite"),
+                            ("scales of words", lambda: block(conv="one"), "conv"), ("an identity at stride 2", lambda: block(C(4, 4, 3, 2, 1)), "identity", "stride"), ("an identity from 3 to 4", lambda: block(C(3, 4, 3, padding=1)), "channels"), ("a 5×5 beside 3×3", lambda: block(branches=dict(conv=repopt.Conv(5))), "5"),
+                            ("a 2×2 beside 3×3", lambda: block(branches=dict(conv=repopt.Conv(2))), "2"), ("a lazy conv", lambda: block(nn.LazyConv2d(4, 3)), "lazy|Lazy|shape"), ("complex scales", lambda: block(conv=torch.ones(4) + 1j), "conv", "complex")):
+        yield bad(f"a Block of {what}", do, *said)
+    for what, more, *said in (("nosuch", dict(name="nosuch"), "nosuch", "repoptvgg_b1"), ("a near name", dict(name="repoptvgg_b11"), "did you mean '?repoptvgg_b1"), ("no name", dict(name=""), "model"), ("None", dict(name=None), "None|name"), ("mode", dict(mode="train"), "train", "csla"), ("strides", dict(strides=(1, 1)), "strides"), ("strides of 0", dict(strides=(0,)*5), "strides"),
+                              ("strides of words", dict(strides="22222"), "strides"), ("no classes", dict(num_classes=0), "num_classes"), ("classes below zero", dict(num_classes=-1), "num_classes"), ("no channels", dict(in_chans=0), "in_chans"), ("init", dict(init="zeros"), "zeros"), ("scales", dict(mode="hs", scales="zeros"), "zeros"),
+                              ("scales of others", dict(mode="csla", scales=small_scales()), "0.weight|fit"), ("RepVGG as hs", dict(name="repvgg_digits", mode="hs"), "repvgg_digits")):
+        yield bad(f"create_model: {what}", lambda more=more: create_model(**{"name": "repoptvgg_digits", **more}), *said)
+    quantized = lambda: torch.ao.nn.quantized.Conv2d(3, 3, 3)
+    def tied():
+        a = C(3, 3, 3)
+        return nn.Sequential(a, nn.ReLU(), a)
+    for what, net, more, *said in (("no convs", lambda: nn.Linear(2, 2), {}, "conv"), ("None", lambda: None, {}, "None|Module|model"), ("a tied kernel", tied, {}, "share"), ("a lazy conv", lambda: nn.Sequential(nn.LazyConv2d(3, 3)), {}, "lazy"), ("a rule of others", small, dict(rule="zeros"), "zeros"), ("an init of others", small, dict(init="zeros"), "zeros"),
+                                   ("all plain", small, dict(plain=["*"]), "plain"), ("even kernels only", lambda: nn.Sequential(C(3, 3, 2)), {}, "2×2|even"), ("an hs model", lambda: create_model("repoptvgg_digits", "hs"), {}, "conv|already|Hyper-Search")):
+        yield case(f"to_hyper_search of {what}", lambda watch, net=net, more=more: repopt.to_hyper_search(net(), **more), ValueError, *said)
+    def subclass(watch):
+        class Twice(C):
+            def forward(self, x): return 2*super().forward(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hs = repopt.to_hyper_search(nn.Sequential(Twice(3, 3, 3), C(3, 3, 3)))
+        assert type(hs[0]) is Twice and "0.weight" in hs.plain, "a conv with a forward of its own was replaced"
+    yield case("to_hyper_search of a conv with a forward of its own", subclass, OK)
+    def doctor(**more):
+        def do(watch):
+            net = nn.Sequential(small(), nn.Flatten())
+            scales = {f"0.{n}": s for n, s in small_scales().items()}
+            given = dict(optimizer=lambda p, s: repopt.RepSGD(p, lr=.01, scales=s), batches=[(torch.randn(2, 4, 4, 4), torch.randint(9, (2,))) for _ in range(3)])
+            check_equivalence(watch(net), more.pop("scales", scales), **{**given, **more})
+        return do
+    for what, more, *said in (("no batches", dict(batches=[]), "batch"), ("batches of images only", dict(batches=[torch.randn(2, 4, 4, 4)]*3), "batch|pair|\\(x, y\\)"), ("a stock optimizer", dict(optimizer=lambda p, s: torch.optim.SGD(p, .1)), "SGD", "RepOptimizer"), ("an explicit optimizer", dict(optimizer=lambda p, s: rep_optimizer(torch.optim.SGD, "explicit")(p, lr=.01, scales=s)), "explicit"),
+                              ("None for an optimizer", dict(optimizer=None), "optimizer"), ("no steps", dict(steps=0), "steps"), ("images of other channels", dict(batches=[(torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))]*3), "channels|batch|input"), ("images of NaN", dict(batches=[(torch.full((2, 4, 4, 4), torch.nan), torch.zeros(2, dtype=torch.long))]*3), "finite|nan"),
+                              ("no scales", dict(scales={}), "scales")):
+        yield case(f"check_equivalence with {what}", doctor(**more), ValueError, *said)
+    for what, net, exit, *said in (("nothing to merge", small, OK, ""), ("None", lambda: None, (ValueError, TypeError), "None|Module|model")):
+        yield case(f"merge of {what}", lambda watch, net=net: merge(net()), exit, *said)
+    for name, expected in {"module.conv.weight": "conv.weight", "_orig_mod.module.conv.weight": "conv.weight", "backbone.module.conv.weight": "backbone.module.conv.weight", "mymodule.conv.weight": "mymodule.conv.weight"}.items():
+        yield case(f"the own name of {name}", lambda watch, name=name, expected=expected: same(strip_prefix(name), expected), OK)
+
+
+@kind("weights in Python")
+def weights_in_python():
+    for what, put in JUNK.items():
+        for f in (checkpoint.foreign_weights, Scales.load, Scales.from_released):
+            def do(watch, f=f, put=put):
+                lay(Path("."), {"x.pth": put})
+                f("x.pth")
+            yield case(f"{f.__name__.strip('_')}: {what}", do, ValueError, r"x\.pth", may=("x.pth", "x.pth/*"))
+    for f in (checkpoint.foreign_weights, Scales.load, Scales.from_released, checkpoint.load):
+        for path in ("nosuch", "", None):
+            yield case(f"{f.__name__.strip('_')}({path!r})", lambda watch, f=f, path=path: f(path), (ValueError, TypeError) if path is None else ValueError, "nosuch" if path else "file|folder|path|directory")
+
+
+# Notebooks
+
+@kind("notebook")
+def notebook_parameters():
+    names = "recipe model data seeds epochs batch_size out resume arms optimizer scales search gpus nodes broken weights dry_run"
+    own = dict(recipe="digits", model=None, data=None, seeds=1, epochs=None, batch_size=None, out=None, resume=True, search=None)
+    for what, more, *said in (
+            ("an unknown parameter", dict(colour="red"), "colour"), ("almost a parameter", dict(epoch=3), "did you mean '?epochs"), ("no runs", dict(seeds=0), "seeds"), ("runs below zero", dict(seeds=-1), "seeds"), ("half a run", dict(seeds=1.5), "seeds"), ("runs by a word", dict(seeds="three"), "seeds"), ("true runs", dict(seeds=True), "seeds"), ("a list of runs", dict(seeds=[0, 1]), "seeds"),
+            ("no such recipe", dict(recipe="nosuch"), "nosuch"), ("almost a recipe", dict(recipe="digit"), "did you mean '?digits"), ("no recipe", dict(recipe=None), "recipe"), ("a recipe of a number", dict(recipe=3), "recipe"), ("no such model", dict(model="nosuch"), "nosuch"), ("a model of a number", dict(model=3), "model"), ("no epochs", dict(epochs=0), "epochs"), ("epochs below zero", dict(epochs=-1), "epochs"),
+            ("half an epoch", dict(epochs=.5), "epochs"), ("epochs by a word", dict(epochs="many"), "epochs"), ("no batch", dict(batch_size=0), "batch_size"), ("a batch by a word", dict(batch_size="max"), "batch_size"), ("no such search", dict(search="nosuch"), "nosuch"), ("a search of a number", dict(search=3), "search|recipe"), ("records into a number", dict(out=3), "out"), ("records into a file", dict(out="a.txt"), "a.txt|out"),
+            ("records into /proc", dict(out="/proc/x"), "/proc/x"), ("resume by a word", dict(resume="maybe"), "resume"), ("data of a number", dict(data=3), "data"), ("data that is not there", dict(data="nosuch", recipe="cifar"), "nosuch")):
+        yield case(what, lambda watch, more=more: parameters({**own, **more}, names), ValueError, *said, files={"a.txt": "mine"})
+
+
+@kind("plan")
+def plans():
+    from repopt.plan import gpus_for, plan
+    from repopt.training import Recipe
+    for gpus in ("many", 0, -1, True, 1.5, None): yield case(f"gpus={gpus!r}", lambda watch, gpus=gpus: gpus_for(gpus, Recipe.load("digits")), ValueError, "gpus")
+    for what, more, *said in (("no such recipe", dict(recipe="nosuch"), "nosuch"), ("no such model", dict(model="nosuch"), "nosuch"), ("no such mode", dict(mode="train"), "train"), ("no such optimizer", dict(optimizer="sdg"), "sdg"), ("no GPU", dict(gpus=0), "gpus"), ("GPUs below zero", dict(gpus=-1), "gpus"), ("no node", dict(nodes=0), "nodes"), ("3 for a batch of 64", dict(gpus=3), "batch_size=64"),
+                              ("no data", dict(recipe="cifar", data="nosuch"), "nosuch"), ("a RepOptimizer without scales", dict(optimizer="repsgd"), "scales"), ("records into a file", dict(out="a.txt"), "a.txt")):
+        yield case(what, lambda watch, more=more: plan(**{"recipe": "digits", **more}), ValueError, *said, files={"a.txt": "mine"})
+    from repopt.training import run
+    for what, more, *said in (("device", dict(device="abacus"), "abacus"), ("seed", dict(seed="x"), "seed"), ("mode", dict(mode="train"), "train"), ("optimizer", dict(optimizer="sdg"), "sdg"), ("recipe", dict(recipe=None), "recipe"), ("a recipe as a dict", dict(recipe=dict(lr=1)), "recipe"), ("scales of a word", dict(optimizer="repsgd", scales="ones"), "scales"), ("scales for SGD", dict(scales=small_scales()), "scales"),
+                              ("gpus", dict(gpus=0), "gpus"), ("nodes", dict(nodes=0), "nodes"), ("broken", dict(broken="maybe"), "broken"), ("reinitialize without scales", dict(reinitialize=True), "scales"), ("save_seconds", dict(save_seconds=-1), "save_seconds"), ("out", dict(out="a.txt"), "a.txt")):
+        yield case(f"run: {what}", lambda watch, more=more: run(**{"recipe": "r.yaml", **more}), ValueError, *said, files={"r.yaml": digits(), "a.txt": "mine"})
+
+
+# INT8
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+
+
+def images(n=32, *shape, seed=0): return torch.randn(n, *(shape or (3, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+@fixture
+def int8(folder): torch.save(torch.zeros(1), folder/"x")
+
+
+@kind("INT8")
+def int8_inputs():
+    from repopt.quantization import export_int8, quantize, quantize_aware
+    x, y = images(), torch.randint(5, (32,), generator=torch.Generator().manual_seed(0))
+    alone, norm_first = nn.Sequential(nn.ReLU()).eval(), nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).eval()
+    class Branching(nn.Module):
+        def forward(self, x): return x if x.sum() > 0 else -x
+    nan = x.clone()
+    nan[3] = torch.nan
+    for what, net, data, *said in (("a net in training", tiny().train(), x, "eval"), ("None", None, x, "None|Module|model"), ("a path", "net.pth", x, "str|Module|model"), ("a search", create_model("repoptvgg_digits", "hs").eval(), x, "CSLA|merge"), ("RepVGG's branches", create_model("repvgg_digits").eval(), x, "reparameterize"), ("no conv", alone, x, "conv"), ("a forward that asks its input", Branching().eval(), x, "export|follow"),
+                                   ("31 images", tiny(), x[:31], "31"), ("no images", tiny(), [], "0|image"), ("None for images", tiny(), None, "loader|images|None"), ("a number for images", tiny(), 3, "loader|images|int"), ("images of NaN", tiny(), nan, "finite"), ("one channel", tiny(), images(32, 1, 8, 8), "channel|batch|export"), ("integers", tiny(), (x*50).to(torch.uint8), "float|uint8"), ("no dimension", tiny(), [torch.tensor(1.)], "image|dimension|shape"),
+                                   ("words for images", tiny(), ["a"], "image|str"), ("dicts without images", tiny(), [dict(a=1)], "image|dict"), ("a kernel of NaN", spoilt_net(), x, "finite|nan")):
+        yield case(f"quantize: {what}", lambda watch, net=net, data=data: quantize(watch(net), data), ValueError, *said)
+    for key, value in dict(weights="per_row", activations="mean", images=0).items(): yield case(f"quantize({key}={value!r})", lambda watch, key=key, value=value: quantize(tiny(), x, **{key: value}), ValueError, key if key == "images" else str(value))
+    def near(data):
+        def do(watch):
+            net = tiny()
+            assert (quantize(net, data)(x) - net(x)).norm() < .1*net(x).norm(), "far from the float net"
+        return do
+    for what, data in (("batches of one", [x[i:i + 1] for i in range(32)]), ("pairs", [(x[:16], y[:16]), (x[16:], y[16:])]), ("a last batch of one", [x[:31], x[31:]]), ("dicts", [dict(image=x, label=y)]), ("double precision", x.double())):
+        yield case(f"quantize on {what}", near(data), (OK, ValueError), "image|dict|float64|double|batch")
+    for what, train, more, *said in (("no batches", [], {}, "batch"), ("a generator", iter([(x, y)]), {}, "length"), ("no epochs", [(x, y)], dict(epochs=0), "epoch"), ("a rate below zero", [(x, y)], dict(lr=-1), "lr"), ("a rate of NaN", [(x, y)], dict(lr=float("nan")), "lr"), ("images without labels", [x], {}, "label|pair|\\(x, y\\)"), ("None", None, {}, "batch|None|train"), ("labels of others", [(x, y + 7)], {}, "label|class|target")):
+        yield case(f"quantize_aware: {what}", lambda watch, train=train, more=more: quantize_aware(watch(tiny()), train, **{"epochs": 1, **more}), ValueError, *said)
+    for what, path, *said in (("no folder", "no/such/a.onnx", "no/such"), ("a folder", "d", "d"), ("/dev/full/x", "/dev/full/x", "/dev/full"), ("/proc", "/proc/x.onnx", "/proc"), ("nothing", "", "path|place|file")):
+        yield case(f"export_int8 to {what}", lambda watch, path=path: export_int8(quantize(tiny(), x), path), ValueError, *said, files={"d/x": ""})
+    yield case("export_int8 of a float net", lambda watch: export_int8(tiny(), "a.onnx"), ValueError, "quantize", "Sequential")
+    for what, test, *said in (("no batches", [], "empty|image"), ("batches of nothing", [(x[:0], y[:0])], "empty|image"), ("another number of channels", [(images(4, 1, 8, 8), y[:4])], "channel|shape|image"), ("fewer labels", [(x, y[:3])], "label"), ("words", ["a"], "image|str|pair")):
+        yield case(f"export_int8 tested on {what}", lambda watch, test=test: export_int8(quantize(tiny(), x), "a.onnx", test), ValueError, *said)
+    yield case("export_int8", lambda watch: same(export_int8(quantize(tiny(), x), "a.onnx", [(x, y)])["images"], 32), OK, may=("a.onnx",))
+    yield case("torch.save of an INT8 net", lambda watch: torch.save(quantize(tiny(), x), "a.pth"), (OK, ValueError, TypeError), "export_int8|saved|pickle", may=("a.pth",))
+
+
+def spoilt_net():
+    net = tiny()
+    with torch.no_grad(): net[0].weight[0] = torch.nan
+    return net
 
 
 def lay(folder, files):
