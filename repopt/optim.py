@@ -12,7 +12,7 @@ __all__ = ['SGD', 'ADAM', 'NADAM', 'RADAM', 'RMSPROP', 'ADAGRAD', 'RPROP', 'LION
 
 # %% ../nbs/01b_optim.ipynb #17ee802c
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,8 +26,11 @@ from .scales import Scales, check_fit, own_names
 
 # %% ../nbs/01b_optim.ipynb #13adf8cd
 def named_groups(params) -> list:
-    "`params` as torch takes them, as a list of groups of (name, tensor). ValueError where names are missing."
+    """`params` as torch takes them, as a list of groups of (name, tensor).
+
+    Raises ValueError where names are missing or twice, and for parameters that no Grad Mult fits; TypeError, as torch, for a set."""
     _ordered(params)
+    if params is None: raise ValueError("params is None: pass model.named_parameters(), or groups of (name, parameter)")
     groups = list(params)
     if not groups: raise ValueError("optimizer got an empty parameter list")
     groups = [dict(g) for g in groups] if isinstance(groups[0], dict) else [dict(params=groups)]
@@ -35,19 +38,26 @@ def named_groups(params) -> list:
         if "params" not in g: raise ValueError(f"a group of parameters without 'params', only {', '.join(map(repr, g)) or 'nothing'}")
         _ordered(g["params"])
         g["params"] = [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])
-        if not all(isinstance(p, tuple) and len(p) == 2 for p in g["params"]):
-            raise ValueError("a RepOptimizer joins scales and parameters by name: pass model.named_parameters(), or groups of (name, parameter)")
+        if not g["params"]: raise ValueError(f"group {g.get('name', groups.index(g))} has no parameters: leave it out")
+        if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], Tensor) for p in g["params"]):
+            raise ValueError("a RepOptimizer joins scales and parameters by name: pass model.named_parameters(), "
+                             "or groups of (name, parameter)")
     named = [p for g in groups for p in g["params"]]
-    if any("_fsdp_wrapped_module." in n for n, _ in named): raise ValueError("FullyShardedDataParallel cuts kernels without regard to their channels, so that no Grad Mult fits them: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
-    if twice := {n for i, (n, p) in enumerate(named) if any(p is q or n == m for m, q in named[:i])}: raise ValueError(f"given twice: {', '.join(sorted(twice))}")
-    if wrong := [n for n, p in named if p.is_complex() or p.is_sparse]: raise ValueError(f"complex and sparse parameters have no Grad Mult: {', '.join(wrong)}")
+    if any("_fsdp_wrapped_module." in n for n, _ in named):
+        raise ValueError("FullyShardedDataParallel cuts kernels without regard to their channels, so that no Grad Mult fits them: "
+                         "shard with torch.distributed.fsdp.fully_shard (FSDP2)")
+    if twice := {n for i, (n, p) in enumerate(named) if any(p is q or n == m for m, q in named[:i])}:
+        raise ValueError(f"given twice: {', '.join(sorted(twice))}")
+    if wrong := [n for n, p in named if p.is_sparse or not p.is_floating_point()]:
+        raise ValueError(f"complex and sparse parameters, and integers, have no Grad Mult: {', '.join(wrong)}")
     return groups
 
 
 def _ordered(params) -> None:
     "TypeError, as torch's, for parameters that come in no order: their state could not be told apart after a restart"
     if isinstance(params, (set, frozenset)):
-        raise TypeError("parameters must be in an ordered collection, not a set, whose order differs from one process to the next: pass a list")
+        raise TypeError("parameters must be in an ordered collection, not a set, whose order differs from one process to the next: "
+                        "pass a list")
 
 # %% ../nbs/01b_optim.ipynb #16f53006
 def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
@@ -73,24 +83,31 @@ class RepOptimizer:
 
     def _bind(self, params, scales, plain) -> list:
         "Check everything, before anything is built. Returns the groups for torch's `__init__`."
-        if not isinstance(scales, Mapping):
-            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}: load_scales(name), "
-                             f"Scales.initial(model), or the scales of a search")
         groups = named_groups(params)
-        self.scales, self.plain = scales if isinstance(scales, Scales) else Scales(scales), tuple(plain)
+        self._take_scales(scales, plain)
         self._check_kernels([p for g in groups for p in g["params"]])
         self._fresh()
         own = own_names([n for g in groups for n, _ in g["params"]], self.scales)     # from here on a parameter is called as its scales are
         self._named = set(own.values())
         return [{**g, "params": [(own[n], p) for n, p in g["params"]], "scales_sha256": self.scales.hash} for g in groups]
 
+    def _take_scales(self, scales, plain) -> None:
+        if not isinstance(scales, Mapping) or not all(isinstance(bs, Mapping) for bs in scales.values()):
+            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}"
+                             f"{' of something else' if isinstance(scales, Mapping) else ''}: load_scales(name), "
+                             f"Scales.initial(model), or the scales of a search")
+        if not isinstance(plain, Iterable): raise ValueError(f"plain must be names or globs, not {plain!r}")
+        self.scales = scales if isinstance(scales, Scales) else Scales(scales)
+        self.plain = (plain,) if isinstance(plain, str) else tuple(plain)
+
     def _check_kernels(self, named, names=None) -> None:
         "ValueError unless the scales (of the kernels `names`, else all) fit the parameters, each of which can be stepped"
-        check_fit(self.scales if names is None else {n: s for n, s in self.scales.items() if n in names}, named, self.plain)
         own = own_names([n for n, _ in named], self.scales)
-        for n, p in named:
-            if own[n] not in self.scales: continue
+        kernels = [(n, p) for n, p in named if own[n] in self.scales]
+        for n, p in kernels:
             if p.numel() == 0: raise ValueError(f"{n} has no entries, its shape is {tuple(p.shape)}: name it in plain=[…] and leave its scales out")
+        check_fit(self.scales if names is None else {n: s for n, s in self.scales.items() if n in names}, named, self.plain)
+        for n, p in kernels if self.rule is not None else ():
             try: memory_order(_local(p))
             except ValueError as e: raise ValueError(f"{n}: {e}") from None
 
@@ -103,7 +120,8 @@ class RepOptimizer:
             group["params"] = _renamed(self, group["params"])
         self._check_kernels(group["params"], {n for n, _ in group["params"]})
         self._check_group({**self.defaults, **group})
-        super().add_param_group({**group, "scales_sha256": self.scales.hash})
+        began = {} if self.rule is None else self.rule.began(self.defaults)
+        super().add_param_group({**group, **began, "scales_sha256": self.scales.hash})
 
     def _check_group(self, group):
         "ValueError for options with which this rule is not exact: when a group is added, and at each step, since options may change"
@@ -119,10 +137,33 @@ class RepOptimizer:
 
     def _mults(self, group, degree=1):
         "(GradMult or None) for each parameter of a group, on its device and in its dtype"
-        for name, p in zip(group["param_names"], group["params"]):
-            key = name, p.device, p.dtype, degree
-            if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
-            yield self._mult_cache.get(key)
+        for name, p in zip(group["param_names"], group["params"]): yield self._mult(name, p, degree)
+
+    def _mult(self, name, p, degree=1):
+        key = name, p.device, p.dtype, degree
+        if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
+        return self._mult_cache.get(key)
+
+    @torch._disable_dynamo                                                    # what pays is compiled inside
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step. `closure` as in torch: called once, with gradients enabled.
+
+        Raises ValueError, before anything moves, for options of a group with which the step would not be exact."""
+        for group in self.param_groups: self._check_group(group)
+        with torch.enable_grad(): loss = None if closure is None else closure()
+        self._tell_quiet()
+        self._advance()
+        return loss
+
+    def _tell_quiet(self) -> None:
+        "Warn once of kernels that nobody froze and that got no gradient, while others did"
+        if self._told: return
+        all_of = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"])]
+        quiet = [n for n, p in all_of if p.grad is None and p.requires_grad and n in self.scales]
+        if not quiet or all(p.grad is None for _, p in all_of): return
+        self._told = True
+        warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: unused, or replaced after the optimizer was built?")
 
 
 def _renamed(optimizer, named) -> list:
@@ -138,7 +179,16 @@ def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
     return GradMult({b: s.to(device=p.device, dtype=p.dtype) for b, s in scales.items()}, p.shape, degree)
 
 
-def _decoupled(group, opt): return group.get("weight_decay", 0) == 0 or group.get("decoupled_weight_decay") or isinstance(opt, torch.optim.AdamW)
+def _held(m: GradMult, p: Tensor) -> Tensor | None:
+    "True at the entries of `p` (of an FSDP2 parameter, the rows that this process holds) that its branches cannot move. None if they move all."
+    if m.beyond is None or not hasattr(p, "placements"): return m.beyond
+    first = _first_row(p)
+    return m.beyond[first:first + len(_local(p))]
+
+
+def _decoupled(group, opt):
+    "Is there no decay, or one outside the rule? An AdamW of before torch 2.7 has no flag that says so."
+    return group.get("weight_decay", 0) == 0 or group.get("decoupled_weight_decay", isinstance(opt, torch.optim.AdamW))
 
 
 def unhooked(step: Callable) -> Callable:
@@ -147,13 +197,42 @@ def unhooked(step: Callable) -> Callable:
     return step
 
 # %% ../nbs/01b_optim.ipynb #1da40e6e
-def _getstate(self): return {**super(RepOptimizer, self).__getstate__(), "scales": self.scales, "plain": self.plain, "compiled": self.compiled, "_named": self._named}
+_LATER = {"maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad", "nesterov", "eps_form"}
 
-def _setstate(self, state): self._fresh(); super(RepOptimizer, self).__setstate__(state)
+def _checked(self, state_dict) -> dict:
+    """`state_dict` as ours, by name: what `load_state_dict` hands to torch's.
+
+    Raises ValueError if it was made by another class, with other scales, names, groups or options, or is none."""
+    if not isinstance(state_dict, Mapping): raise ValueError(f"this is no state_dict of an optimizer but {type(state_dict).__name__}")
+    self._check_scales(state_dict)
+    if not {"param_groups", "state"} <= {*state_dict}: raise ValueError("this is no state_dict of an optimizer: it has no state or no param_groups")
+    out = self._by_name({k: v for k, v in state_dict.items() if k != "scales"})
+    for own, group in zip(self.param_groups, out["param_groups"]):
+        if lacking := self.defaults.keys() - group.keys() - _LATER:                # what torch's classes had from the start
+            raise ValueError(f"this state_dict was not made by {type(self).__name__}: its groups lack {', '.join(sorted(lacking))}")
+        if self.rule is not None: group |= {k: v for k, v in self.rule.began({**own, **group}).items() if k not in group}
+        self._check_group({**self.defaults, **group})
+        group["scales_sha256"] = self.scales.hash
+        for name, p, i in zip(own["param_names"], own["params"], group["params"]):
+            if name in self.scales: self._check_state(name, p, out["state"].get(i, {}), group)
+    return out
+
+def _check_state(self, name, p, state, group) -> None:
+    "ValueError for a kernel's state that our rule cannot go on with"
+    if any(isinstance(v, Mapping) for v in state.values()):
+        raise ValueError(f"this state_dict was made with explicit branches, not by {type(self).__name__}; the first is that of {name}")
+    ours = () if self.rule is None else {*self.rule.state(group), *self.rule.per_branch}
+    for k, v in state.items():
+        if k.split(".")[0] in ours and v.shape != p.shape:
+            raise ValueError(f"this state_dict belongs to another net: {k} of {name} has the shape {tuple(v.shape)}, the kernel {tuple(p.shape)}")
 
 def _state_dict(self):
     "torch's, with the scales by name under `scales`"
     return {**super(RepOptimizer, self).state_dict(), "scales": {p: dict(bs) for p, bs in self.scales.items()}}
+
+def _load_state_dict(self, state_dict):
+    "torch's, joined by name. ValueError, before anything changes, if class, scales, names, groups or options are not these."
+    super(RepOptimizer, self).load_state_dict(self._checked(state_dict))
 
 def _check_scales(self, state_dict):
     "ValueError if `state_dict` was made with other scales or without any"
@@ -161,50 +240,59 @@ def _check_scales(self, state_dict):
         hashes = {g.get("scales_sha256") for g in state_dict.get("param_groups", ())}
         if hashes == {self.scales.hash}: return
         if hashes <= {None}: raise ValueError(f"this state_dict carries no scales: it was not made by {type(self).__name__}")
-        raise ValueError(f"this state_dict belongs to an optimizer with other scales: theirs have the sha256 {', '.join(str(h)[:10] for h in hashes)}, these {self.scales.hash[:10]}")
+        raise ValueError(f"this state_dict belongs to an optimizer with other scales: theirs have the sha256 "
+                         f"{', '.join(str(h)[:10] for h in hashes)}, these {self.scales.hash[:10]}")
     other = Scales(state_dict["scales"])
     if other.hash == self.scales.hash: return
-    differ = [p for p in {*other, *self.scales} if p not in other or p not in self.scales or Scales({p: other[p]}).hash != Scales({p: self.scales[p]}).hash]
-    raise ValueError(f"this state_dict belongs to an optimizer with other scales; they differ for {len(differ)} parameters, the first is {sorted(differ)[0]}")
+    one = lambda scales, p: Scales({p: scales[p]}).hash if p in scales else None
+    differ = sorted(p for p in {*other, *self.scales} if one(other, p) != one(self.scales, p))
+    raise ValueError(f"this state_dict belongs to an optimizer with other scales; they differ for {len(differ)} parameters, the first is {differ[0]}")
 
 
 def _names(group) -> list:
-    "The parameters' names in a group of a state_dict, without wrappers' prefixes"
+    "The names of the parameters in a group of a state_dict, as they stand there"
     ids = group["params"]
     names = ids if ids and all(isinstance(i, str) for i in ids) else group.get("param_names", ())      # torch.distributed.checkpoint has names for ids
-    if len(names) != len(ids): raise ValueError("this state_dict does not say which parameters its state belongs to (a group without param_names): it cannot be joined to ours by name")
+    if len(names) != len(ids):
+        raise ValueError("this state_dict does not say which parameters its state belongs to (a group without param_names): "
+                         "it cannot be joined to ours by name")
     return list(names)
 
 
 def _by_name(self, state_dict) -> dict:
     "`state_dict` with its groups and parameters in our order. ValueError where their names are others."
-    called = own_names([n for g in state_dict["param_groups"] for n in _names(g)], self.scales)
-    theirs = {called[n]: (g, i) for g in state_dict["param_groups"] for n, i in zip(_names(g), g["params"])}
-    if len(theirs) != sum(len(g["params"]) for g in state_dict["param_groups"]): raise ValueError("this state_dict names a parameter twice: it is damaged")
-    groups = []
+    groups = state_dict["param_groups"]
+    called = own_names([n for g in groups for n in _names(g)], self.scales)
+    theirs = {called[n]: (g, i) for g in groups for n, i in zip(_names(g), g["params"])}
+    ours = {n for g in self.param_groups for n in g["param_names"]}
+    if len(theirs) != sum(len(g["params"]) for g in groups): raise ValueError("this state_dict names a parameter twice: it is damaged")
+    if missing := sorted(ours - theirs.keys()):
+        raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is {missing[0]}")
+    if extra := sorted(theirs.keys() - ours):
+        raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is {extra[0]}")
+    out = []
     for own in self.param_groups:
         names = own["param_names"]
-        if missing := [n for n in names if n not in theirs]: raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is {missing[0]}")
-        group = theirs[names[0]][0] if names else {k: v for k, v in own.items()}
-        if names and {called[n] for n in _names(group)} != set(names): raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
-        groups.append({**group, "params": [theirs[n][1] for n in names], "param_names": list(own["param_names"])})
-    ours = {n for g in self.param_groups for n in g["param_names"]}
-    if extra := [n for n in theirs if n not in ours]: raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is {extra[0]}")
-    return {**state_dict, "param_groups": groups}
+        group = theirs[names[0]][0]
+        if {called[n] for n in _names(group)} != set(names):
+            raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
+        out.append({**group, "params": [theirs[n][1] for n in names], "param_names": list(names)})
+    return {**state_dict, "param_groups": out}
 
 
-def _load_state_dict(self, state_dict):
-    "torch's, joined by name; ValueError, before anything changes, if the scales, the names or the groups are not these"
-    self._check_scales(state_dict)
-    state_dict = self._by_name({k: v for k, v in state_dict.items() if k != "scales"})
-    for group in state_dict["param_groups"]: self._check_group({**self.defaults, **group})
-    for group in state_dict["param_groups"]: group["scales_sha256"] = self.scales.hash
-    super(RepOptimizer, self).load_state_dict(state_dict)
+def _getstate(self):
+    kept = ("scales", "plain", "compiled", "_named")
+    return {**super(RepOptimizer, self).__getstate__(), **{k: getattr(self, k) for k in kept}}
+
+def _setstate(self, state):
+    self._fresh()
+    super(RepOptimizer, self).__setstate__(state)
 
 def _reduce(self, _): return _rebuild, (self.torch_class, self.way), self.__getstate__()
 
 RepOptimizer.__getstate__, RepOptimizer.__setstate__, RepOptimizer.__reduce_ex__ = _getstate, _setstate, _reduce
 RepOptimizer.state_dict, RepOptimizer.load_state_dict = _state_dict, _load_state_dict
+RepOptimizer._checked, RepOptimizer._check_state = _checked, _check_state
 RepOptimizer._check_scales, RepOptimizer._by_name = _check_scales, _by_name
 
 # %% ../nbs/01b_optim.ipynb #940e79dd
@@ -316,6 +404,7 @@ class Rule:
     flags: Callable = lambda g: ()                                             # group -> what is fixed while a kernel is compiled
     per_branch: tuple = ()       # state that each branch keeps for itself
     coupled: bool = True         # does its weight_decay mean coupled decay?
+    began: Callable = lambda g: {}                                             # options -> what a group remembers of them: its state began so
 
 # %% ../nbs/01b_optim.ipynb #d4e7f391
 def _sgd(P, G, S, k, flags, terms):
@@ -405,7 +494,9 @@ def _adagrad(P, G, S, k, flags, terms):
     total = S["sum"].add_(G*G)
     P.sub_(k["lr"]*combine(terms, lambda a: a*a*G/((k["start"] + a*a*(total - k["start"])).sqrt() + k["eps"])))
 
-ADAGRAD = Rule(_adagrad, lambda g: ("sum",), lambda g, t: dict(lr=g["lr"]/(1 + (t - 1)*g["lr_decay"]), eps=g["eps"], start=g["initial_accumulator_value"]))
+ADAGRAD = Rule(_adagrad, lambda g: ("sum",),
+               lambda g, t: dict(lr=g["lr"]/(1 + (t - 1)*g["lr_decay"]), eps=g["eps"], start=g["start"]),
+               began=lambda g: dict(start=g["initial_accumulator_value"]))
 
 # %% ../nbs/01b_optim.ipynb #4b1e40a4
 def _rprop(P, G, S, k, flags, terms):
@@ -495,11 +586,12 @@ def _view(self, name, p, group) -> dict:
         local = _local(p); order = memory_order(local)
         if self.rule is NADAM: state.setdefault("mu_product", torch.ones(()))                           # torch's NAdam expects it in a loaded state
         for n in names:                                                        # shaped and laid out like the kernel; a loaded one is laid out again
-            if state.get(n) is None: state[n] = torch.zeros_like(p)
+            if state.get(n) is None: state[n] = torch.full_like(p, group.get("start", 0.))
             elif state[n].stride() != p.stride(): state[n] = torch.empty_like(p).copy_(state[n])
         flats = {n: flat(_local(state[n]), order) for n in names}
         whole, T = flat(local, order), Terms(self.scales[name], local, order, _first_row(p))
-        v = self._views[name] = dict(p=p, at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T, edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
+        stays = _held(grad_mult_for(p, self.scales[name]), p)
+        v = self._views[name] = dict(p=p, whole=whole, held=None if stays is None else flat(stays, order), at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T, edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
                                      P=[whole[:, a:b] for a, b, _ in T.segments] if len(whole) else [], S=[{n: s[:, a:b] for n, s in flats.items()} for a, b, _ in T.segments],
                                      corner=None if T.scattered is None or not len(whole) else [whole.view(-1), *(s.view(-1) for s in flats.values())])
     return v
@@ -530,9 +622,11 @@ def _update(self, i, t, views):
     for v, (w, *state, g) in corners: P.append(w); S.append(dict(zip(v["state"], state))); G.append(g); T.append(v["terms"].there)
     if group.get("maximize"): G = [-g for g in G]
     flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"] if group.get("capturable") else t) if views else {}
+    before = [(v, v["whole"].clone()) for v in views if v["held"] is not None]
     self._run((i, flags), P, G, S, T, k)
     for v, parts in corners:
         for x, y in zip(v["corner"], parts): x.index_copy_(0, v["terms"].scattered, y)
+    for v, w in before: v["whole"].copy_(torch.where(v["held"], w, v["whole"]))    # no decay where no branch is
 
 
 def _run(self, key, P, G, S, T, k):
@@ -576,7 +670,7 @@ RepOptimizer._update, RepOptimizer._run, RepOptimizer._compiles = _update, _run,
 # %% ../nbs/01b_optim.ipynb #4ce29bd4
 def _multiplied(m: GradMult, p: Tensor) -> Tensor:
     "The product of a Grad Mult and `p`'s gradient, a new tensor; of an FSDP2 parameter the rows that this process holds"
-    if p.grad.is_sparse: raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
+    if p.grad.layout != torch.strided: raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
     g = p.grad.clone()
     if not hasattr(p, "placements"): return m.mul_(g)
     first, local = _first_row(p), g.to_local()
@@ -585,13 +679,13 @@ def _multiplied(m: GradMult, p: Tensor) -> Tensor:
 
 
 def multiply_grads(pairs) -> Callable:
-    "Replace the gradient of every (GradMult, parameter) by its product. Returns a function that puts the gradients back."
-    pairs = list(pairs)
-    found = [(p, p.grad) for m, p in pairs if m is not None and p.grad is not None]
-    for m, p in pairs:
-        if m is not None and p.grad is not None: p.grad = _multiplied(m, p)
+    "Replace the gradient of every (GradMult, parameter) by its product. Returns a function that puts the gradients back, and the entries that no branch moves."
+    ours = [(m, p, p.grad, _multiplied(m, p)) for m, p in pairs if m is not None and p.grad is not None]
+    before = [(_held(m, p), _local(p), _local(p).clone()) for m, p, *_ in ours if m.beyond is not None]
+    for _, p, _, product in ours: p.grad = product
     def back():
-        for p, g in found: p.grad = g
+        for _, p, g, _ in ours: p.grad = g
+        for stays, p, was in before: p.copy_(torch.where(stays, was, p))
     return back
 
 
@@ -606,23 +700,9 @@ def _torch_step(self):
     "The step of torch's own class, its hooks left to ours"
     unhooked(super(RepOptimizer, type(self)).step)(self)
 
-RepOptimizer._gradient_step, RepOptimizer._torch_step = _gradient_step, _torch_step
+def _advance(self): self._gradient_step() if self.rule is None else self._rule_step()
 
-# %% ../nbs/01b_optim.ipynb #af37a53e
-@torch._disable_dynamo                                                        # what pays is compiled inside
-@torch.no_grad()
-def _step(self, closure=None):
-    "One step. `closure` as in torch: called once, with gradients enabled. ValueError for options of a group with which it would not be exact."
-    for group in self.param_groups: self._check_group(group)
-    with torch.enable_grad(): loss = None if closure is None else closure()
-    quiet = [] if self._told else [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"]) if p.grad is None and p.requires_grad and n in self.scales]
-    if quiet and any(p.grad is not None for g in self.param_groups for p in g["params"]):
-        self._told = True
-        warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: frozen, unused, or replaced after the optimizer was built?")
-    self._gradient_step() if self.rule is None else self._rule_step()
-    return loss
-
-RepOptimizer.step = _step
+RepOptimizer._gradient_step, RepOptimizer._torch_step, RepOptimizer._advance = _gradient_step, _torch_step, _advance
 
 # %% ../nbs/01b_optim.ipynb #8026adfa
 class _Lion(torch.optim.Optimizer):
@@ -654,6 +734,8 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
 
     `rule`: None (the exact way that is known for `cls`, explicit branches for an unknown class), 'gradient' (Σα² into the gradient),
     'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the step does not see the gradient's size), 'explicit'."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)): raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
+    if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
     if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
     way = rule or (("branch" if RULES[cls] else "gradient") if cls in RULES else "explicit")
     if way not in ("gradient", "branch", "update", "explicit"): raise ValueError(f"rule must be None, 'gradient', 'branch', 'update' or 'explicit', not {rule!r}")
@@ -664,7 +746,9 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
     return type(name, bases, dict(rule=RULES[cls] if way == "branch" else None, torch_class=cls, way=rule, __module__=__name__, __doc__=f"`{cls.__name__}` for parameters with scales ({way}); see `rep_optimizer`."))
 
 
-def _rebuild(cls, rule): c = rep_optimizer(cls, rule); return c.__new__(c)
+def _rebuild(cls, rule):
+    c = _attached(cls) if rule == "attached" else rep_optimizer(cls, rule)
+    return c.__new__(c)
 
 # %% ../nbs/01b_optim.ipynb #fe16bbf1
 class _Ruled(RepOptimizer):
@@ -672,31 +756,36 @@ class _Ruled(RepOptimizer):
     def __init__(self, params, *args, scales: Mapping, plain=(), compiled: bool | None = None, eps_form: str = "branch", **kwargs):
         groups = self._bind(params, scales, plain)
         self.compiled = {(True, False): True, (False, True): False}.get((bool(kwargs.get("fused")), bool(kwargs.get("foreach")))) if compiled is None else compiled
-        super().__init__([{**g, "eps_form": eps_form} for g in groups], *args, **kwargs)
+        super().__init__([{"eps_form": eps_form, **g} for g in groups], *args, **kwargs)
+        self.defaults["eps_form"] = eps_form                                                # of groups that come later
         if self.rule is not None: self._step_supports_amp_scaling = False              # a GradScaler shall unscale the gradients itself: ours are not torch's fused kernels
 
 # %% ../nbs/01b_optim.ipynb #ec9439fb
 class Explicit(RepOptimizer, torch.optim.Optimizer):
-    "Any torch optimizer on explicit branches: exact for every rule. `rep_optimizer(cls, 'explicit')` makes its subclasses; costs a copy of the kernels and their state."
+    """Any torch optimizer on explicit branches: exact for every rule. Costs a copy of the kernels and their state.
+
+    `rep_optimizer(cls, 'explicit')` makes its subclasses. A kernel's state is {branch: {"theta": its parameter, its state in `cls`}}."""
     def __init__(self, params, *args, scales: Mapping, plain=(), thetas: Mapping | None = None, **kwargs):
         groups = self._bind(params, scales, plain)
         if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
-            raise ValueError(f"{type(self).__name__}: explicit branches need whole kernels, and these are sharded: use a rule that is stepped on shards, or replicate the model")
-        self._bound = {n: p for g in groups for n, p in g["params"] if n in self.scales}
-        self._beyond = {}
-        self.thetas = {n: self._split(n, p, (thetas or {}).get(n)) for n, p in self._bound.items()}
+            raise ValueError(f"{type(self).__name__}: explicit branches need whole kernels, and these are sharded: "
+                             "use a rule that is stepped on shards, or replicate the model")
+        bound = [(n, p) for g in groups for n, p in g["params"] if n in self.scales]
+        self.thetas = {n: self._split(n, p, (thetas or {}).get(n)) for n, p in bound}
         self.inner = self.torch_class([self._inner(g) for g in groups], *args, **kwargs)
         super().__init__(groups, self.inner.defaults)
 
     def _inner(self, group):
         "The same group with every kernel's branches in its place"
-        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self._bound else [p])]}
+        branches = lambda n, p: self.thetas[n].values() if n in self.thetas else [p]
+        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in branches(n, p)]}
 
     def add_param_group(self, param_group):
-        if len(self.param_groups) >= len(self.inner.param_groups): raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is built")
-        torch.optim.Optimizer.add_param_group(self, param_group)
+        if len(self.param_groups) >= len(self.inner.param_groups):
+            raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is built")
+        super().add_param_group(param_group)
 
-    def _check_group(self, group): "Any option of the inner class is exact"
+    def _named_params(self): return [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"])]
 
     def _maps(self, name, p) -> tuple:
         "({branch: its map}, {branch: its constant}) of a kernel"
@@ -705,104 +794,120 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
     def _kernel(self, name, p) -> Tensor:
         "ΣαLθ, and what stands in `p` where no branch reaches"
         maps, alphas = self._maps(name, p)
-        W = equivalent_kernel(maps, alphas, self.thetas[name], p)
-        return W if name not in self._beyond else torch.where(self._beyond[name], p, W)
+        W, stays = equivalent_kernel(maps, alphas, self.thetas[name], p), self._mult(name, p).beyond
+        return W if stays is None else torch.where(stays, p, W)
 
     @torch.no_grad()
-    def _split(self, name, p, given):
+    def _split(self, name, p, given=None):
         "{branch: its parameter}, as a matrix where the rule takes nothing else (Muon)"
-        (maps, alphas), M = self._maps(name, p), grad_mult_for(p, self.scales[name]).dense()
-        if not M.all(): self._beyond[name] = M == 0                             # entries that no branch reaches stay as they are
+        (maps, alphas), M = self._maps(name, p), self._mult(name, p).dense()
         whole, out = torch.where(M > 0, p/M, torch.zeros_like(p)), {}
         for b, branch in maps.items():
             theta = branch.view(whole)*branch.per_channel(alphas[b], p) if given is None else given[b].detach().reshape(branch.view(whole).shape)
             out[b] = nn.Parameter(theta.reshape(len(p), -1) if self.torch_class.__name__ == "Muon" else theta.reshape(branch.theta_shape(p)).clone())
         return out
 
-    @torch.no_grad()
     def _take_over(self, name, p):
         "Where the kernel is not the one that the branches made (loaded, pruned, an average put in), split the difference among them as at the start"
-        apart = p - self._kernel(name, p)
-        if not apart.any(): return
-        for b, theta in self._split(name, apart, None).items(): self.thetas[name][b].add_(theta)
+        W = self._kernel(name, p)
+        if torch.equal(W, p): return
+        if not W.isfinite().all():                                             # a training that diverged, and weights put back
+            for theta in self.thetas[name].values(): theta.nan_to_num_(0., 0., 0.)
+            W = self._kernel(name, p)
+        for b, theta in self._split(name, p - W).items(): self.thetas[name][b].add_(theta)
 
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def step(self, closure=None):
+    def _advance(self):
         "Give each branch its gradient αLᵀg, let the rule step, write W = ΣαLθ"
-        with torch.enable_grad(): loss = None if closure is None else closure()
         for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names", "scales_sha256")})
-        moved = {n: p for n, p in self._bound.items() if p.grad is not None}
-        for name, p in self._bound.items():
-            if p.grad is None:
-                for theta in self.thetas[name].values(): theta.grad = None
-                continue
+        bound = [(n, p) for n, p in self._named_params() if n in self.thetas]
+        for name, p in bound:
+            for theta in self.thetas[name].values(): theta.grad = None
+            if p.grad is None: continue
             self._take_over(name, p)
             maps, alphas = self._maps(name, p)
             for b, theta in self.thetas[name].items(): theta.grad = (maps[b].view(p.grad)*maps[b].per_channel(alphas[b], p)).reshape(theta.shape)
         unhooked(type(self.inner).step)(self.inner)
-        for name, p in moved.items(): p.copy_(self._kernel(name, p))
-        return loss
+        for name, p in bound:
+            if p.grad is not None: p.copy_(self._kernel(name, p))
+        self._mirror()
 
-# %% ../nbs/01b_optim.ipynb #e405e414
-def _explicit_state(self):
-    "The inner optimizer's state, the branches' parameters and the scales"
-    return dict(inner=self.inner.state_dict(), thetas={n: {b: t.detach() for b, t in bs.items()} for n, bs in self.thetas.items()}, scales={p: dict(bs) for p, bs in self.scales.items()}, param_groups=torch.optim.Optimizer.state_dict(self)["param_groups"])
+    def _mirror(self):
+        "Make `state` what torch's own code expects: one entry for each parameter, with all that belongs to it"
+        own = self.inner.state
+        for name, p in self._named_params():
+            branches = self.thetas.get(name)
+            self.state[p] = own.get(p, {}) if branches is None else {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
 
-def _inner_by_name(self, state_dict) -> dict:
-    "The inner optimizer's state, whose parameters follow each other as the groups' do, each kernel as its branches: in our order"
-    saved, ids = state_dict["inner"], {}
-    called = own_names([n for g in state_dict["param_groups"] for n in _names(g)], self.scales)
-    for outer, inner in zip(state_dict["param_groups"], saved["param_groups"]):
-        own = [(called[n], b) for n in _names(outer) for b in state_dict["thetas"].get(n, (None,))]
-        if len(own) != len(inner["params"]): raise ValueError("this state_dict is damaged: its branches are not those of its parameters")
-        ids |= {key: (inner, i) for key, i in zip(own, inner["params"])}
-    groups = []
-    for own in self.param_groups:
-        keys = [(n, b) for n in own["param_names"] for b in self.thetas.get(n, (None,))]
-        if missing := [n for n, b in keys if (n, b) not in ids]: raise ValueError(f"this state_dict has no state for the branches of {missing[0]}")
-        groups.append({**ids[keys[0]][0], "params": [ids[k][1] for k in keys]})
-    return {**saved, "param_groups": groups}
+    def state_dict(self):
+        "torch's, each kernel's state by branch; and the scales by name"
+        self._mirror()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        "As of every RepOptimizer; also what versions before this kept apart, as `inner` and `thetas`"
+        if isinstance(state_dict, Mapping) and {"inner", "thetas"} <= {*state_dict}: state_dict = _joined(state_dict)
+        super().load_state_dict(state_dict)
+        self.inner.state.clear()
+        for name, p in self._named_params():
+            state = self.state.get(p, {})
+            if name not in self.thetas and state: self.inner.state[p] = state
+            for b, theta in self.thetas.get(name, {}).items() if state else ():
+                theta.copy_(state[b]["theta"].reshape(theta.shape))
+                self.inner.state[theta] = {k: v for k, v in state[b].items() if k != "theta"}
+
+    def _check_state(self, name, p, state, group):
+        for b, theta in self.thetas[name].items() if state else ():
+            if not isinstance(state.get(b), Mapping) or "theta" not in state[b]:
+                raise ValueError(f"this state_dict was not made by {type(self).__name__}: it has no branch {b} of {name}")
+            if state[b]["theta"].numel() != theta.numel():
+                raise ValueError(f"this state_dict belongs to another net: branch {b} of {name} has {state[b]['theta'].numel()} entries, ours {theta.numel()}")
+
+    def __getstate__(self): return {**super().__getstate__(), "inner": self.inner, "thetas": self.thetas}
 
 
-@torch.no_grad()
-def _explicit_load(self, state_dict):
-    "ValueError, before anything changes, for a state with other scales, names or groups"
-    if not {"inner", "thetas"} <= {*state_dict}: raise ValueError(f"this state_dict carries no branches: it was not made by {type(self).__name__}, or kept in parts by torch.distributed.checkpoint")
-    self._check_scales(state_dict)
-    groups, inner = self._by_name(state_dict)["param_groups"], self._inner_by_name(state_dict)
-    self.inner.load_state_dict(inner)
-    for n, bs in self.thetas.items():
-        for b, t in bs.items(): t.copy_(state_dict["thetas"][n][b])
-    for g, saved in zip(self.param_groups, groups): g.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
-
-def _explicit_getstate(self): return {**RepOptimizer.__getstate__(self), "inner": self.inner, "thetas": self.thetas, "_bound": self._bound, "_beyond": self._beyond}
-
-Explicit.state_dict, Explicit.load_state_dict, Explicit.__getstate__ = _explicit_state, _explicit_load, _explicit_getstate
-Explicit._inner_by_name = _inner_by_name
+def _joined(old) -> dict:
+    "A state_dict that kept the inner optimizer's state apart, as one that has it with the parameters"
+    state, inner, own = {}, old["inner"]["state"], {n: bs for n, bs in old["thetas"].items()}
+    for outer, group in zip(old["param_groups"], old["inner"]["param_groups"]):
+        ids = iter(group["params"])
+        for name, i in zip(_names(outer), outer["params"]):
+            if name in own: state[i] = {b: {"theta": t, **inner.get(next(ids), {})} for b, t in own[name].items()}
+            else: state[i] = inner.get(next(ids), {})
+    return dict(state=state, param_groups=old["param_groups"], scales=old["scales"])
 
 # %% ../nbs/01b_optim.ipynb #a25e04e9
+from inspect import signature
+
 class _Stretched(RepOptimizer):
-    "What `rep_optimizer(cls, 'update')` adds to `cls`"
-    def __init__(self, params, *args, scales: Mapping, plain=(), weight_decay: float = 0., **kwargs):
+    "What `rep_optimizer(cls, 'update')` adds to `cls`. `weight_decay` is decoupled, whatever `cls` means by it."
+    def __init__(self, params, *args, scales: Mapping, plain=(), **kwargs):
         groups = self._bind(params, scales, plain)
-        super().__init__([{**g, "rep_decay": g.get("weight_decay", weight_decay), "weight_decay": 0.} for g in groups], *args, **kwargs)
+        if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
+            raise ValueError(f"{type(self).__name__} stretches whole kernels, and these are sharded: use a rule that is stepped on shards")
+        if "weight_decay" not in signature(self.torch_class).parameters:
+            decay = kwargs.pop("weight_decay", 0.)
+            groups = [{"weight_decay": decay, **g} for g in groups]
+        super().__init__(groups, *args, **kwargs)
 
-    def _check_group(self, group):
-        if group.get("weight_decay"): raise ValueError(f"{type(self).__name__} decays by group['rep_decay'], outside the step that it stretches: leave group['weight_decay'] at 0")
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def step(self, closure=None):
+    def _advance(self):
         "The inner step, Σ|α| times as long, and decoupled decay"
-        for group in self.param_groups: self._check_group(group)
-        with torch.enable_grad(): loss = None if closure is None else closure()
         ours = [(p, p.clone(), m, g) for g in self.param_groups for p, m in zip(g["params"], self._mults(g, 0)) if p.grad is not None]
-        self._torch_step()
+        decays = [g["weight_decay"] for g in self.param_groups]
+        try:
+            for g in self.param_groups: g["weight_decay"] = 0.
+            self._torch_step()
+        finally:
+            for g, decay in zip(self.param_groups, decays): g["weight_decay"] = decay
         for p, before, m, g in ours:
             step = p - before
-            p.copy_(before*(1 - g["lr"]*g["rep_decay"]) + (step if m is None else m.mul_(step)))
-        return loss
+            new = before*(1 - g["lr"]*g["weight_decay"]) + (step if m is None else m.mul_(step))
+            p.copy_(new if m is None or m.beyond is None else torch.where(m.beyond, before, new))
+
+    def _check_group(self, group):
+        super()._check_group(group)
+        if "rep_decay" in group:
+            raise ValueError(f"this state_dict of {type(self).__name__} is of an older version, whose state had seen multiplied gradients: begin anew")
 
 # %% ../nbs/01b_optim.ipynb #d92587f0
 RepSGD, RepASGD, RepAdam, RepAdamW, RepNAdam, RepRAdam, RepRMSprop, RepAdagrad, RepRprop, RepAdamax, RepAdadelta, RepLion = map(rep_optimizer, RULES)
@@ -865,74 +970,62 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
 
 # %% ../nbs/01b_optim.ipynb #d56132d1
 def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
-    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, by hooks around its step.
+    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters; also of one that accelerate wraps.
 
-    Closures, copies and pickles are as exact; `.grad` is left as found. Returns a handle with `remove()`. ValueError for another
-    class, for scales that do not fit, and for an optimizer that has scales already."""
-    if hasattr(optimizer, "scales"): raise ValueError(f"this {type(optimizer).__name__} has scales already: multiplying its gradients twice would square them. Call remove() on the handle of its first attach")
-    if type(optimizer) not in (torch.optim.SGD, torch.optim.ASGD): raise ValueError(f"attach multiplies gradients, which is exact for SGD and ASGD alone, not for {type(optimizer).__name__}: use rep_optimizer({type(optimizer).__name__})")
-    if any("param_names" not in g for g in optimizer.param_groups): raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
-    if not isinstance(scales, Mapping): raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}")
-    scales = scales if isinstance(scales, Scales) else Scales(scales)
-    check_fit(scales, [np for g in optimizer.param_groups for np in zip(g["param_names"], g["params"])], plain)
-    optimizer.__class__ = _attached(type(optimizer))
-    return optimizer._attach(scales, plain)
+    It keeps its state, groups and hooks, and what schedulers and wrappers have put around its step. Returns a handle with `remove()`.
+    Raises ValueError for another class, for scales that do not fit, and for an optimizer that has scales already."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer): optimizer = optimizer.optimizer
+    kind = type(optimizer)
+    if isinstance(optimizer, RepOptimizer):
+        raise ValueError(f"this {kind.__name__} has scales already: multiplying its gradients twice would square them. "
+                         "Call remove() on the handle of its first attach")
+    if kind not in (torch.optim.SGD, torch.optim.ASGD):
+        raise ValueError(f"attach multiplies gradients, which is exact for SGD and ASGD alone, not for {kind.__name__}: use rep_optimizer({kind.__name__})")
+    if any("param_names" not in g for g in optimizer.param_groups):
+        raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
+    new = _attached(kind).__new__(_attached(kind))
+    groups = [{**g, "params": list(zip(g["param_names"], g["params"]))} for g in optimizer.param_groups]
+    groups = new._bind(groups, scales, plain)
+    for g in groups: new._check_group(g)
+    handle = _Handle(optimizer)
+    for g, own in zip(optimizer.param_groups, groups): g.update(param_names=[n for n, _ in own["params"]], scales_sha256=own["scales_sha256"])
+    optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
+    optimizer.__class__ = type(new)
+    if "step" in vars(optimizer): optimizer.step = torch._disable_dynamo(optimizer.step)          # a scheduler's, around torch's own
+    return handle
 
 
-class _Attached:
-    "What an optimizer becomes by `attach`: torch's own class, with hooks that copies and pickles take along"
-    def _attach(self, scales, plain):
-        self.scales, self.plain, self._mult_cache, self._back = scales, tuple(plain), {}, []
-        self._own = own_names([n for g in self.param_groups for n in g["param_names"]], scales)
-        return _Handle(self, [self.register_step_pre_hook(_before_step), self.register_step_post_hook(_after_step)])
-
-    def _mults(self, group, degree=1): return RepOptimizer._mults(self, {**group, "param_names": [self._own[n] for n in group["param_names"]]}, degree)
-
-    def _multiply(self): self._back.append(multiply_grads(mp for g in self.param_groups for mp in zip(self._mults(g), g["params"])))
-
-    def add_param_group(self, param_group):
-        group, = named_groups([param_group])
-        own = own_names([n for n, _ in group["params"]], self.scales)
-        check_fit({n: s for n, s in self.scales.items() if n in own.values()}, group["params"], self.plain)
-        super().add_param_group(group)
-        self._own |= own
-
-    def __getstate__(self): return {**super().__getstate__(), "scales": self.scales, "plain": self.plain}
-    def __reduce_ex__(self, _): return _new_attached, (self.torch_class,), self.__getstate__()
-
-    def __setstate__(self, state):
-        super().__setstate__({k: v for k, v in state.items() if k not in ("scales", "plain")})
-        if "scales" in state: self._attach(state["scales"], state["plain"])
+class _Attached(RepOptimizer):
+    "What `attach` adds to torch's own class: gradients are multiplied where its step gathers them, behind every hook, closure and wrapper"
+    def _init_group(self, group, params, grads, *state):
+        if torch._guards.TracingContext.try_get():
+            raise ValueError("this step was compiled before attach gave the optimizer scales: call torch.compile(optimizer.step) again")
+        self._check_group(group)
+        out = super()._init_group(group, params, grads, *state)
+        mults = dict(zip(group["params"], self._mults(group)))
+        for i, p in enumerate(params):
+            if (m := mults[p]) is None: continue
+            grads[i] = _multiplied(m, p)
+            if m.beyond is None: continue
+            decay = (group.get("weight_decay", 0) + group.get("lambd", 0))*(1 if group["maximize"] else -1)
+            _local(grads[i]).copy_(torch.where(_held(m, p), decay*_local(p), _local(grads[i])))    # what torch's decay takes is given back
+        return out
 
 
 @lru_cache(maxsize=None)
-def _attached(cls): return type(cls.__name__, (_Attached, cls), dict(torch_class=cls, __module__=__name__, __doc__=f"`{cls.__name__}` to which `attach` gave scales."))
-
-def _new_attached(cls): c = _attached(cls); return c.__new__(c)
-
-
-def _before_step(optimizer, args, kwargs):
-    "Multiply the gradients: those that are there, or after the closure those that it leaves"
-    optimizer._back.clear()                                                    # of a step that broke off
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None: return optimizer._multiply()
-    def then_multiply():
-        loss = closure()
-        with torch.no_grad(): optimizer._multiply()
-        return loss
-    return args[:1], {**kwargs, "closure": then_multiply}
-
-
-def _after_step(optimizer, args, kwargs): optimizer._back.pop()()
+def _attached(cls):
+    step = torch._disable_dynamo(cls.step)
+    return type(cls.__name__, (_Attached, cls), dict(step=step, torch_class=cls, way="attached", __module__=__name__, __doc__=f"`{cls.__name__}` to which `attach` gave scales."))
 
 
 class _Handle:
     "Takes the scales away again"
-    def __init__(self, optimizer, hooks): self.optimizer, self.hooks = optimizer, hooks
+    def __init__(self, optimizer):
+        self.optimizer, self.names = optimizer, [g["param_names"] for g in optimizer.param_groups]
 
     def remove(self):
-        for h in self.hooks: h.remove()
-        if self.hooks:
-            self.optimizer.__class__ = self.optimizer.torch_class
-            for name in ("scales", "plain", "_mult_cache", "_back", "_own"): delattr(self.optimizer, name)
-        self.hooks = []
+        if not isinstance(self.optimizer, _Attached): return
+        self.optimizer.__class__ = self.optimizer.torch_class
+        for g, names in zip(self.optimizer.param_groups, self.names): g["param_names"] = names
+        for g in self.optimizer.param_groups: del g["scales_sha256"]
+        for k in ("scales", "plain", "_named", "_mult_cache", "_views", "_ages", "_compiled", "_told"): delattr(self.optimizer, k)
