@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from inspect import signature
 from types import FunctionType
 from typing import NamedTuple
 import torch
@@ -211,10 +212,11 @@ def _checked(self, state_dict) -> dict:
         if lacking := self.defaults.keys() - group.keys() - _LATER:                # what torch's classes had from the start
             raise ValueError(f"this state_dict was not made by {type(self).__name__}: its groups lack {', '.join(sorted(lacking))}")
         if self.rule is not None: group |= {k: v for k, v in self.rule.began({**own, **group}).items() if k not in group}
-        self._check_group({**self.defaults, **group})
+        options = {**self.defaults, **group}
+        self._check_group(options)
         group["scales_sha256"] = self.scales.hash
         for name, p, i in zip(own["param_names"], own["params"], group["params"]):
-            if name in self.scales: self._check_state(name, p, out["state"].get(i, {}), group)
+            if name in self.scales: self._check_state(name, p, out["state"].get(i, {}), options)
     return out
 
 def _check_state(self, name, p, state, group) -> None:
@@ -877,8 +879,6 @@ def _joined(old) -> dict:
     return dict(state=state, param_groups=old["param_groups"], scales=old["scales"])
 
 # %% ../nbs/01b_optim.ipynb #a25e04e9
-from inspect import signature
-
 class _Stretched(RepOptimizer):
     "What `rep_optimizer(cls, 'update')` adds to `cls`. `weight_decay` is decoupled, whatever `cls` means by it."
     def __init__(self, params, *args, scales: Mapping, plain=(), **kwargs):
@@ -991,7 +991,7 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     for g, own in zip(optimizer.param_groups, groups): g.update(param_names=[n for n, _ in own["params"]], scales_sha256=own["scales_sha256"])
     optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
     optimizer.__class__ = type(new)
-    if "step" in vars(optimizer): optimizer.step = torch._disable_dynamo(optimizer.step)          # a scheduler's, around torch's own
+    if "step" in vars(optimizer): optimizer.step = _eager(optimizer.step)          # a scheduler's, around torch's own
     return handle
 
 
@@ -1014,8 +1014,15 @@ class _Attached(RepOptimizer):
 
 @lru_cache(maxsize=None)
 def _attached(cls):
-    step = torch._disable_dynamo(cls.step)
-    return type(cls.__name__, (_Attached, cls), dict(step=step, torch_class=cls, way="attached", __module__=__name__, __doc__=f"`{cls.__name__}` to which `attach` gave scales."))
+    doc = f"`{cls.__name__}` to which `attach` gave scales."
+    return type(cls.__name__, (_Attached, cls), dict(step=_eager(cls.step), torch_class=cls, way="attached", __module__=__name__, __doc__=doc))
+
+
+def _eager(step: Callable) -> Callable:
+    "`step`, which torch.compile leaves as it is: a compiled one would keep the products of the first step"
+    @torch._disable_dynamo
+    def run(*args, **kwargs): return step(*args, **kwargs)
+    return wraps(step)(run)
 
 
 class _Handle:

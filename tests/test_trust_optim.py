@@ -5,15 +5,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook as after_all, register_optimizer_step_pre_hook as before_all
 
-from repopt.optim import RULES, RepAdam, RepSGD, attach, check_equivalence, param_groups, rep_optimizer
+from repopt.optim import RULES, RepAdam, RepAdamW, RepSGD, attach, check_equivalence, param_groups, rep_optimizer
+from repopt.grad_mult import GradMult
 from repopt.scales import Scales
 
 SGD = dict(lr=.05, momentum=.9, nesterov=True)
-ALL = [rep_optimizer(c) for c in RULES] + [rep_optimizer(torch.optim.Adafactor), rep_optimizer(torch.optim.SGD, "explicit"), rep_optimizer(torch.optim.Adam, "update"),
-                                           rep_optimizer(torch.optim.SGD, "gradient")]
+
+
+
+class Attached:
+    "`attach`, called as the other classes are"
+    def __init__(self, torch_class): self.torch_class, self.__name__ = torch_class, f"attached {torch_class.__name__}"
+
+    def __call__(self, params, *, scales, **kw):
+        opt = self.torch_class(params, **kw)
+        attach(opt, scales)
+        return opt
+
+
+ALL = [rep_optimizer(c) for c in RULES] + [rep_optimizer(torch.optim.Adafactor), rep_optimizer(torch.optim.SGD, "explicit"),
+                                           rep_optimizer(torch.optim.Adam, "update"), rep_optimizer(torch.optim.SGD, "gradient"),
+                                           Attached(torch.optim.SGD), Attached(torch.optim.ASGD)]
 every = pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
 
 
@@ -42,9 +57,10 @@ def step(model, opt, seed=0, closure=False):
 
 def same(cls):
     "torch's NAdam keeps a product in float32, and in float64 once it is loaded"
-    return 1e-10 if "NAdam" in cls.__name__ else 1e-14
+    return 1e-9 if "NAdam" in cls.__name__ else 1e-14
 
 
+@torch.no_grad()
 def far(a, b): return max(float((p - q).norm()/q.norm()) for p, q in zip(a.parameters(), b.parameters()))
 
 
@@ -84,18 +100,67 @@ def test_a_set_of_parameters_is_refused_as_by_torch():
         with pytest.raises(TypeError, match="ordered"): RepSGD(params, scales=some_scales(a))
 
 
-@pytest.mark.parametrize("cls", [c for c in ALL if not c.__name__.endswith("Explicit")], ids=lambda c: c.__name__)
-def test_torchs_distributed_checkpoint_keeps_the_scales(cls):
+@every
+@pytest.mark.parametrize("flatten", [False, True])
+def test_torchs_distributed_checkpoint_keeps_scales_and_branches(cls, flatten):
     a, b = net(), net()
-    one, two = (cls(m.named_parameters(), lr=.01, scales=some_scales(a)) for m in (a, b))
-    step(a, one)
-    set_optimizer_state_dict(b, two, copy.deepcopy(get_optimizer_state_dict(a, one)))
+    options, scales = StateDictOptions(flatten_optimizer_state_dict=flatten), some_scales(a)
+    one, two = cls(a.named_parameters(), lr=.01, scales=scales), cls(list(b.named_parameters())[::-1], lr=.01, scales=scales)
+    for i in range(2): step(a, one, i)
+    saved = get_optimizer_state_dict(a, one, options=options)
+    set_optimizer_state_dict(b, two, copy.deepcopy(saved), options=options)
     b.load_state_dict(a.state_dict())
-    step(a, one, 1)
-    step(b, two, 1)
+    for i in range(2, 4):
+        step(a, one, i)
+        step(b, two, i)
     assert far(b, a) <= same(cls)
     other = cls(b.named_parameters(), lr=.01, scales=some_scales(a, 2))
-    with pytest.raises(ValueError, match="other scales"): set_optimizer_state_dict(b, other, get_optimizer_state_dict(a, one))
+    with pytest.raises(ValueError, match="other scales"): set_optimizer_state_dict(b, other, saved, options=options)
+
+
+def foreign(cls):
+    "States that an optimizer of `cls` cannot go on with: {what: state_dict}"
+    a = net()
+    scales = some_scales(a)
+    def trained(make, **kw):
+        opt = make(a.named_parameters(), scales=scales, lr=.01, **kw)
+        step(a, opt)
+        return copy.deepcopy(opt.state_dict())
+    out = {"nothing": None, "a number": 3, "empty": {}, "the scales alone": dict(scales=scales), "plain SGD": torch.optim.SGD(a.named_parameters()).state_dict()}
+    makers = dict(sgd=RepSGD, adamw=RepAdamW, rmsprop=rep_optimizer(torch.optim.RMSprop), explicit=rep_optimizer(cls.torch_class, "explicit"))
+    out |= {n: trained(m) for n, m in makers.items() if m.__name__ != cls.__name__}
+    if cls is not RepSGD: out["branches"] = trained(cls)
+    if cls is RepAdamW: out["branches"]["state"][0]["exp_avg"] = torch.zeros(1)
+    elif cls is not RepSGD: out["branches"]["state"][0]["conv"]["theta"] = torch.zeros(1)
+    return out
+
+
+@pytest.mark.parametrize("cls", [RepSGD, RepAdamW, rep_optimizer(torch.optim.Adafactor)], ids=lambda c: c.__name__)
+def test_the_state_of_another_class_way_or_shape_is_refused_before_anything_changes(cls):
+    a = net()
+    opt = cls(a.named_parameters(), lr=.01, scales=some_scales(a))
+    step(a, opt)
+    before = str(opt.state_dict())
+    for what, state in foreign(cls).items():
+        with pytest.raises(ValueError):
+            opt.load_state_dict(state)
+            pytest.fail(what)
+        assert str(opt.state_dict()) == before, what
+
+
+def test_explicit_branches_take_the_states_of_versions_that_kept_them_apart():
+    a, b = net(), net(5)
+    cls, scales = rep_optimizer(torch.optim.Adam, "explicit"), some_scales(a)
+    one, two = cls(a.named_parameters(), lr=.01, scales=scales), cls(list(b.named_parameters())[::-1], lr=.01, scales=scales)
+    for i in range(2): step(a, one, i)
+    old = dict(inner=one.inner.state_dict(), thetas={n: {b: t.detach() for b, t in bs.items()} for n, bs in one.thetas.items()},
+               scales={n: dict(bs) for n, bs in scales.items()}, param_groups=one.state_dict()["param_groups"])
+    b.load_state_dict(a.state_dict())
+    two.load_state_dict(copy.deepcopy(old))
+    for i in range(2, 4):
+        step(a, one, i)
+        step(b, two, i)
+    assert far(b, a) <= 1e-14
 
 
 # --- hooks
@@ -103,14 +168,15 @@ def test_torchs_distributed_checkpoint_keeps_the_scales(cls):
 @every
 @pytest.mark.parametrize("closure", [False, True])
 def test_hooks_come_once_with_every_gradient_in_place(cls, closure):
-    a = net()
+    a, raw = net(), {}
     kind = cls.torch_class
     kind([nn.Parameter(torch.ones(2))], lr=.1)                                # torch puts hooks around the step of a class when first built
+    for p in a.parameters(): p.register_post_accumulate_grad_hook(lambda p: raw.__setitem__(p, p.grad.clone()))
     opt, seen = cls(a.named_parameters(), lr=.01, scales=some_scales(a)), []
     start = [p.detach().clone() for p in a.parameters()]
     def note(when):
         moved = any(not torch.equal(p, q) for p, q in zip(a.parameters(), start))
-        seen.append((when, moved, all(p.grad is not None for p in a.parameters())))
+        seen.append((when, moved, all(p.grad is not None and torch.equal(p.grad, raw[p]) for p in a.parameters())))
     hooks = [opt.register_step_pre_hook(lambda *_: note("before")), opt.register_step_post_hook(lambda *_: note("after")),
              before_all(lambda o, *_: note("globally before")),
              after_all(lambda o, *_: note("globally after"))]
@@ -123,11 +189,13 @@ def test_hooks_come_once_with_every_gradient_in_place(cls, closure):
 
 # --- attach
 
-@pytest.mark.parametrize("how", ["closure", "deepcopy", "pickle", "hooked schedule", "again after remove"])
+@pytest.mark.parametrize("how", ["closure", "deepcopy", "pickle", "hooked schedule", "schedule before", "accelerate", "again after remove"])
 def test_an_attached_sgd_is_exact(how):
     a, b = net(), net()
     scales = some_scales(a)
     want, opt = RepSGD(a.named_parameters(), scales=scales, **SGD), torch.optim.SGD(b.named_parameters(), **SGD)
+    if how == "schedule before": torch.optim.lr_scheduler.StepLR(opt, 100)
+    if how == "accelerate": opt = pytest.importorskip("accelerate").Accelerator(cpu=True).prepare_optimizer(opt)
     handle = attach(opt, scales)
     if how == "again after remove":
         handle.remove()
@@ -140,7 +208,7 @@ def test_an_attached_sgd_is_exact(how):
         step(a, want, i)
         step(b, opt, i, closure=how == "closure")
         assert far(b, a) <= 1e-14
-    assert isinstance(opt, torch.optim.SGD) and all(torch.allclose(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters()))
+    assert isinstance(getattr(opt, "optimizer", opt), torch.optim.SGD) and all(torch.allclose(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters()))
 
 
 def test_attach_twice_is_refused_and_remove_gives_plain_sgd_back():
@@ -153,6 +221,26 @@ def test_attach_twice_is_refused_and_remove_gives_plain_sgd_back():
     step(a, opt)
     step(b, plain)
     assert far(a, b) == 0
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_an_attached_step_is_exact_when_compiled_and_refused_where_it_was_compiled_before(schedule):
+    a, b = net(), net()
+    opt, want = torch.optim.SGD(a.named_parameters(), **SGD), RepSGD(b.named_parameters(), scales=some_scales(a), **SGD)
+    if schedule: torch.optim.lr_scheduler.StepLR(opt, 100)
+    too_early = torch.compile(opt.step)
+    attach(opt, some_scales(a))
+    compiled = torch.compile(opt.step)
+    for i in range(3):
+        step(b, want, i)
+        torch.manual_seed(i)
+        x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+        opt.zero_grad()
+        F.mse_loss(a(x), x).backward()
+        compiled()
+        assert far(a, b) <= 1e-14
+    if not schedule:
+        with pytest.raises(Exception, match="compiled before attach"): too_early()
 
 
 # --- options that change
@@ -174,7 +262,9 @@ def test_coupled_decay_set_later_or_loaded_is_refused(cls):
 
 
 @pytest.mark.parametrize("cls,option,value", [(RepSGD, "differentiable", True), (rep_optimizer(torch.optim.NAdam), "capturable", True), (RepAdam, "eps_form", "none"),
-                                              (rep_optimizer(torch.optim.RMSprop), "eps_form", "sum"), (rep_optimizer(torch.optim.Adam, "update"), "weight_decay", .1)])
+                                              (rep_optimizer(torch.optim.RMSprop), "eps_form", "sum"),
+                                              (rep_optimizer(torch.optim.Adam, "update"), "differentiable", True),
+                                              (rep_optimizer(torch.optim.Adam, "explicit"), "differentiable", True)])
 def test_every_option_that_a_constructor_refuses_is_judged_at_the_step(cls, option, value):
     a = net()
     opt = cls(a.named_parameters(), lr=.01, scales=some_scales(a))
@@ -193,6 +283,53 @@ def test_options_that_may_change_are_followed_as_the_branches_would(option, valu
     assert far(a, b) <= 1e-12
 
 
+def test_an_adamw_whose_decay_is_made_coupled_is_refused():
+    a = net()
+    opt = RepAdamW(a.named_parameters(), lr=.01, scales=some_scales(a))
+    opt.param_groups[0]["decoupled_weight_decay"] = False
+    with pytest.raises(ValueError, match="coupled weight_decay is not exact"): step(a, opt)
+
+
+@pytest.mark.parametrize("per_group,later", [(.5, None), (None, .5), (None, None)])
+def test_adagrads_accumulator_begins_as_torchs_does(per_group, later):
+    "torch reads initial_accumulator_value once, of the constructor and not of a group"
+    a, b = net(), net()
+    groups = lambda m: [dict(params=m.named_parameters(), **({} if per_group is None else dict(initial_accumulator_value=per_group)))]
+    opts = [rep_optimizer(torch.optim.Adagrad, way)(groups(m), lr=.1, initial_accumulator_value=.2, scales=some_scales(a))
+            for m, way in ((a, None), (b, "explicit"))]
+    for i in range(4):
+        for m, o in zip((a, b), opts):
+            if later is not None and i == 2: o.param_groups[0]["initial_accumulator_value"] = later
+            step(m, o, i)
+    assert far(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize("decay", ["positional", "by name", "of a group", "later"])
+def test_the_update_way_decays_as_it_is_told(decay):
+    def moved(how):
+        a = net()
+        cls, scales = rep_optimizer(torch.optim.Adam, "update"), some_scales(a)
+        if how == "positional": opt = cls(a.named_parameters(), .01, (.9, .999), 1e-8, .1, scales=scales)
+        elif how == "by name": opt = cls(a.named_parameters(), lr=.01, weight_decay=.1, scales=scales)
+        elif how == "of a group": opt = cls([dict(params=a.named_parameters(), weight_decay=.1)], lr=.01, scales=scales)
+        else: opt = cls(a.named_parameters(), lr=.01, scales=scales)
+        if how == "later": opt.param_groups[0]["weight_decay"] = .1
+        step(a, opt)
+        return a
+    start, plain, a = net(), moved("none"), moved(decay)
+    for p, q, w in zip(a.parameters(), plain.parameters(), start.parameters()):
+        torch.testing.assert_close(p, q - .01*.1*w, rtol=1e-12, atol=1e-15)
+    own = rep_optimizer(torch.optim.AdamW, "update")(start.named_parameters(), scales=some_scales(start))
+    assert own.param_groups[0]["weight_decay"] == .01                          # AdamW's own default
+
+
+def test_groups_that_come_later_have_the_optimizers_eps_form():
+    a = net()
+    opt = RepAdamW(a.named_parameters(), lr=.01, scales=some_scales(a), eps_form="sum")
+    opt.add_param_group(dict(params=[("more", nn.Parameter(torch.ones(3)))]))
+    assert opt.param_groups[1]["eps_form"] == "sum"
+
+
 # --- explicit branches and kernels from outside
 
 @pytest.mark.parametrize("cls", [torch.optim.Adafactor, torch.optim.SGD, torch.optim.AdamW], ids=lambda c: c.__name__)
@@ -207,6 +344,23 @@ def test_a_kernel_put_in_from_outside_is_taken_over(cls, through_data):
     else: a.load_state_dict(b.state_dict())
     step(a, opt)                                                               # at lr 0 nothing moves
     assert far(a, b) <= 1e-12
+
+
+def test_explicit_branches_recover_from_a_training_that_diverged():
+    a, b = net(), net(7)
+    opt = rep_optimizer(torch.optim.SGD, "explicit")(a.named_parameters(), lr=0., scales=some_scales(a))
+    with torch.no_grad(): a[0].weight.fill_(float("nan"))
+    step(a, opt)
+    a.load_state_dict(b.state_dict())
+    step(a, opt)
+    assert far(a, b) <= 1e-12
+
+
+def test_explicit_branches_tell_of_a_kernel_that_was_replaced():
+    a = net()
+    opt = rep_optimizer(torch.optim.Adafactor)(a.named_parameters(), lr=.01, scales=some_scales(a))
+    a[0].weight = nn.Parameter(a[0].weight.detach().clone())
+    with pytest.warns(UserWarning, match="got no gradient, the first is 0.weight"): step(a, opt)
 
 
 # --- geometry, against branches written out
@@ -248,6 +402,26 @@ def test_every_branch_reaches_in_the_optimizer_what_it_reaches_in_the_block(cls,
     assert (W - want).norm() <= 1e-9*want.norm()
 
 
+DECAYED = [(torch.optim.SGD, None), (torch.optim.SGD, "gradient"), (torch.optim.SGD, "explicit"), (torch.optim.SGD, "attach"), (torch.optim.AdamW, None),
+           (torch.optim.AdamW, "explicit"), (torch.optim.ASGD, None), (torch.optim.ASGD, "attach"), (torch.optim.Adam, "update")]
+
+@pytest.mark.parametrize("cls,way", DECAYED, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("branches", [("conv_1x3", "conv_3x1"), ("conv_1x1",), ("identity",), ("conv",)], ids="+".join)
+def test_no_decay_takes_from_entries_that_no_branch_moves(cls, way, maximize, branches):
+    "Where a block has nothing, or only a scale of 0, the kernel stays as it was; elsewhere it moves"
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64))
+    scales = {"w": {b: torch.randn(4, dtype=torch.float64).index_fill_(0, torch.tensor([2]), 0) for b in branches}}
+    reached = GradMult(Scales(scales)["w"], W.shape).dense() > 0
+    make = Attached(cls) if way == "attach" else rep_optimizer(cls, way)
+    opt, start = make([("w", W)], scales=scales, lr=.1, weight_decay=.1, maximize=maximize), W.detach().clone()
+    for _ in range(3):
+        W.grad = torch.randn_like(W)
+        opt.step()
+    assert (W - start).abs()[~reached].max() <= 1e-15 and (W != start)[reached].all()
+
+
 # --- layouts, compile, construction
 
 @pytest.mark.parametrize("conv,layout", [(nn.Conv3d, torch.channels_last_3d), (nn.Conv3d, "transposed"), (nn.Conv2d, "transposed"), (nn.Conv1d, None), (nn.Linear, None)], ids=str)
@@ -278,6 +452,21 @@ def test_what_cannot_be_stepped_is_refused_when_it_is_built():
     w = nn.Parameter(torch.randn(4, 4, 3, 3).transpose(0, 1))
     with pytest.raises(ValueError, match="w: .*contiguous"): RepSGD([("w", w)], scales={"w": dict(conv=torch.ones(4))})
     with pytest.raises(ValueError, match="without 'params'"): RepSGD([dict(lr=.1)], scales=some_scales(a))
+
+
+w = nn.Parameter(torch.randn(4, 4, 3, 3))
+WRONG = {"no parameters": lambda s: RepSGD(None, scales=s), "a name that is a number": lambda s: RepSGD([(3, w)], scales={}),
+         "a parameter that is a number": lambda s: RepSGD([("w", 3)], scales={}), "a group of nothing": lambda s: RepSGD([dict(params=[])], scales={}),
+         "integers": lambda s: RepSGD([("i", torch.zeros(3, dtype=torch.long))], scales={}), "plain=3": lambda s: RepSGD([("w", w)], scales=s, plain=3),
+         "scales of tensors": lambda s: RepSGD([("w", w)], scales={"w": torch.ones(4)}), "scales in a word": lambda s: RepSGD([("w", w)], scales="ones"),
+         "no input channels": lambda s: RepSGD([("w", nn.Parameter(torch.zeros(4, 0, 3, 3)))], scales=s), "a word": lambda s: rep_optimizer("SGD"),
+         "a module": lambda s: rep_optimizer(nn.Linear), "nothing": lambda s: rep_optimizer(None), "a RepOptimizer": lambda s: rep_optimizer(RepSGD),
+         "attach to nothing": lambda s: attach(None, s), "attach nothing": lambda s: attach(torch.optim.SGD([("w", w)]), None),
+         "attach what does not fit": lambda s: attach(torch.optim.SGD([("v", w)]), s)}
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_means_nothing_is_one_line(what):
+    with pytest.raises(ValueError, match="."): WRONG[what]({"w": dict(conv=torch.ones(4), identity=torch.ones(4))})
 
 
 def test_a_compiled_step_is_the_step():
