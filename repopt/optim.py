@@ -29,7 +29,7 @@ from .scales import Scales, check_fit, own_names
 def named_groups(params) -> list:
     """`params` as torch takes them, as a list of groups of (name, tensor).
 
-    Raises ValueError where names are missing or twice, and for parameters that no Grad Mult fits; TypeError, as torch, for a set."""
+    Raises ValueError where names are missing or twice, and for parameters that no Grad Mult fits. TypeError for a set."""
     _ordered(params)
     if params is None: raise ValueError("params is None: pass model.named_parameters(), or groups of (name, parameter)")
     groups = list(params)
@@ -40,13 +40,14 @@ def named_groups(params) -> list:
         _ordered(g["params"])
         g["params"] = [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])
         if not g["params"]: raise ValueError(f"group {g.get('name', groups.index(g))} has no parameters: leave it out")
-        if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], Tensor) for p in g["params"]):
+        pairs = [p for p in g["params"] if isinstance(p, tuple) and len(p) == 2]
+        if len(pairs) < len(g["params"]) or not all(isinstance(n, str) and isinstance(p, Tensor) for n, p in pairs):
             raise ValueError("a RepOptimizer joins scales and parameters by name: pass model.named_parameters(), "
                              "or groups of (name, parameter)")
     named = [p for g in groups for p in g["params"]]
     if any("_fsdp_wrapped_module." in n for n, _ in named):
-        raise ValueError("FullyShardedDataParallel cuts kernels without regard to their channels, so that no Grad Mult fits them: "
-                         "shard with torch.distributed.fsdp.fully_shard (FSDP2)")
+        raise ValueError("FullyShardedDataParallel cuts kernels without regard to their channels, so that no Grad Mult "
+                         "fits them: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
     if twice := {n for i, (n, p) in enumerate(named) if any(p is q or n == m for m, q in named[:i])}:
         raise ValueError(f"given twice: {', '.join(sorted(twice))}")
     if wrong := [n for n, p in named if p.is_sparse or not p.is_floating_point()]:
@@ -57,8 +58,8 @@ def named_groups(params) -> list:
 def _ordered(params) -> None:
     "TypeError, as torch's, for parameters that come in no order: their state could not be told apart after a restart"
     if isinstance(params, (set, frozenset)):
-        raise TypeError("parameters must be in an ordered collection, not a set, whose order differs from one process to the next: "
-                        "pass a list")
+        raise TypeError("parameters must be in an ordered collection, not a set, whose order differs "
+                        "from one process to the next: pass a list")
 
 # %% ../nbs/01b_optim.ipynb #16f53006
 def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
@@ -94,9 +95,9 @@ class RepOptimizer:
 
     def _take_scales(self, scales, plain) -> None:
         if not isinstance(scales, Mapping) or not all(isinstance(bs, Mapping) for bs in scales.values()):
-            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {type(scales).__name__}"
-                             f"{' of something else' if isinstance(scales, Mapping) else ''}: load_scales(name), "
-                             f"Scales.initial(model), or the scales of a search")
+            what = f"{type(scales).__name__}{' of something else' if isinstance(scales, Mapping) else ''}"
+            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {what}: "
+                             "load_scales(name), Scales.initial(model), or the scales of a search")
         if not isinstance(plain, Iterable): raise ValueError(f"plain must be names or globs, not {plain!r}")
         self.scales = scales if isinstance(scales, Scales) else Scales(scales)
         self.plain = (plain,) if isinstance(plain, str) else tuple(plain)
@@ -107,7 +108,7 @@ class RepOptimizer:
         kernels = [(n, p) for n, p in named if own[n] in self.scales]
         for n, p in kernels:
             if p.numel() == 0: raise ValueError(f"{n} has no entries, its shape is {tuple(p.shape)}: name it in plain=[…] and leave its scales out")
-        check_fit(self.scales if names is None else {n: s for n, s in self.scales.items() if n in names}, named, self.plain)
+        check_fit({n: s for n, s in self.scales.items() if names is None or n in names}, named, self.plain)
         for n, p in kernels if self.rule is not None else ():
             try: memory_order(_local(p))
             except ValueError as e: raise ValueError(f"{n}: {e}") from None
@@ -142,7 +143,8 @@ class RepOptimizer:
 
     def _mult(self, name, p, degree=1):
         key = name, p.device, p.dtype, degree
-        if name in self.scales and key not in self._mult_cache: self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
+        if name in self.scales and key not in self._mult_cache:
+            self._mult_cache[key] = grad_mult_for(p, self.scales[name], degree)
         return self._mult_cache.get(key)
 
     @torch._disable_dynamo                                                    # what pays is compiled inside
@@ -164,7 +166,8 @@ class RepOptimizer:
         quiet = [n for n, p in all_of if p.grad is None and p.requires_grad and n in self.scales]
         if not quiet or all(p.grad is None for _, p in all_of): return
         self._told = True
-        warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: unused, or replaced after the optimizer was built?")
+        warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: unused, or "
+                      "replaced after the optimizer was built?")
 
 
 def _renamed(optimizer, named) -> list:
@@ -181,7 +184,7 @@ def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
 
 
 def _held(m: GradMult, p: Tensor) -> Tensor | None:
-    "True at the entries of `p` (of an FSDP2 parameter, the rows that this process holds) that its branches cannot move. None if they move all."
+    "`m.beyond`, the entries that no branch moves; of an FSDP2 parameter for the rows that this process holds"
     if m.beyond is None or not hasattr(p, "placements"): return m.beyond
     first = _first_row(p)
     return m.beyond[first:first + len(_local(p))]
@@ -198,20 +201,24 @@ def unhooked(step: Callable) -> Callable:
     return step
 
 # %% ../nbs/01b_optim.ipynb #1da40e6e
-_LATER = {"maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad", "nesterov", "eps_form"}
+_LATER = {"maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad",
+          "nesterov", "eps_form"}                                                          # an old state_dict may lack these
 
 def _checked(self, state_dict) -> dict:
     """`state_dict` as ours, by name: what `load_state_dict` hands to torch's.
 
     Raises ValueError if it was made by another class, with other scales, names, groups or options, or is none."""
-    if not isinstance(state_dict, Mapping): raise ValueError(f"this is no state_dict of an optimizer but {type(state_dict).__name__}")
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"this is no state_dict of an optimizer but {type(state_dict).__name__}")
     self._check_scales(state_dict)
-    if not {"param_groups", "state"} <= {*state_dict}: raise ValueError("this is no state_dict of an optimizer: it has no state or no param_groups")
+    if not {"param_groups", "state"} <= {*state_dict}:
+        raise ValueError("this is no state_dict of an optimizer: it has no state or no param_groups")
     out = self._by_name({k: v for k, v in state_dict.items() if k != "scales"})
     for own, group in zip(self.param_groups, out["param_groups"]):
-        if lacking := self.defaults.keys() - group.keys() - _LATER:                # what torch's classes had from the start
-            raise ValueError(f"this state_dict was not made by {type(self).__name__}: its groups lack {', '.join(sorted(lacking))}")
-        if self.rule is not None: group |= {k: v for k, v in self.rule.began({**own, **group}).items() if k not in group}
+        if lacking := self.defaults.keys() - group.keys() - _LATER:  # what torch's classes had from the start
+            raise ValueError(f"this state_dict was not made by {type(self).__name__}: its groups lack "
+                             f"{', '.join(sorted(lacking))}")
+        if self.rule is not None: group |= {**self.rule.began({**own, **group}), **group}
         options = {**self.defaults, **group}
         self._check_group(options)
         group["scales_sha256"] = self.scales.hash
@@ -222,18 +229,20 @@ def _checked(self, state_dict) -> dict:
 def _check_state(self, name, p, state, group) -> None:
     "ValueError for a kernel's state that our rule cannot go on with"
     if any(isinstance(v, Mapping) for v in state.values()):
-        raise ValueError(f"this state_dict was made with explicit branches, not by {type(self).__name__}; the first is that of {name}")
+        raise ValueError(f"this state_dict was made with explicit branches, not by {type(self).__name__}; the first "
+                         f"is that of {name}")
     ours = () if self.rule is None else {*self.rule.state(group), *self.rule.per_branch}
     for k, v in state.items():
         if k.split(".")[0] in ours and v.shape != p.shape:
-            raise ValueError(f"this state_dict belongs to another net: {k} of {name} has the shape {tuple(v.shape)}, the kernel {tuple(p.shape)}")
+            raise ValueError(f"this state_dict belongs to another net: {k} of {name} has the shape {tuple(v.shape)}, "
+                             f"the kernel {tuple(p.shape)}")
 
 def _state_dict(self):
     "torch's, with the scales by name under `scales`"
     return {**super(RepOptimizer, self).state_dict(), "scales": {p: dict(bs) for p, bs in self.scales.items()}}
 
 def _load_state_dict(self, state_dict):
-    "torch's, joined by name. ValueError, before anything changes, if class, scales, names, groups or options are not these."
+    "torch's, joined by name. ValueError, before anything changes, for other scales, names, groups or options."
     super(RepOptimizer, self).load_state_dict(self._checked(state_dict))
 
 def _check_scales(self, state_dict):
@@ -248,7 +257,8 @@ def _check_scales(self, state_dict):
     if other.hash == self.scales.hash: return
     one = lambda scales, p: Scales({p: scales[p]}).hash if p in scales else None
     differ = sorted(p for p in {*other, *self.scales} if one(other, p) != one(self.scales, p))
-    raise ValueError(f"this state_dict belongs to an optimizer with other scales; they differ for {len(differ)} parameters, the first is {differ[0]}")
+    raise ValueError(f"this state_dict belongs to an optimizer with other scales; they differ for {len(differ)} "
+                     f"parameters, the first is {differ[0]}")
 
 
 def _names(group) -> list:
@@ -256,8 +266,8 @@ def _names(group) -> list:
     ids = group["params"]
     names = ids if ids and all(isinstance(i, str) for i in ids) else group.get("param_names", ())      # torch.distributed.checkpoint has names for ids
     if len(names) != len(ids):
-        raise ValueError("this state_dict does not say which parameters its state belongs to (a group without param_names): "
-                         "it cannot be joined to ours by name")
+        raise ValueError("this state_dict does not say which parameters its state belongs to (a group without "
+                         "param_names): it cannot be joined to ours by name")
     return list(names)
 
 
@@ -267,17 +277,21 @@ def _by_name(self, state_dict) -> dict:
     called = own_names([n for g in groups for n in _names(g)], self.scales)
     theirs = {called[n]: (g, i) for g in groups for n, i in zip(_names(g), g["params"])}
     ours = {n for g in self.param_groups for n in g["param_names"]}
-    if len(theirs) != sum(len(g["params"]) for g in groups): raise ValueError("this state_dict names a parameter twice: it is damaged")
+    if len(theirs) != sum(len(g["params"]) for g in groups):
+        raise ValueError("this state_dict names a parameter twice: it is damaged")
     if missing := sorted(ours - theirs.keys()):
-        raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is {missing[0]}")
+        raise ValueError(f"this state_dict has no state for {len(missing)} of our parameters, the first is "
+                         f"{missing[0]}")
     if extra := sorted(theirs.keys() - ours):
-        raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is {extra[0]}")
+        raise ValueError(f"this state_dict has state for {len(extra)} parameters that are not ours, the first is "
+                         f"{extra[0]}")
     out = []
     for own in self.param_groups:
         names = own["param_names"]
         group = theirs[names[0]][0]
         if {called[n] for n in _names(group)} != set(names):
-            raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it was made")
+            raise ValueError(f"this state_dict has another group around {names[0]}: group the parameters as when it "
+                             "was made")
         out.append({**group, "params": [theirs[n][1] for n in names], "param_names": list(names)})
     return {**state_dict, "param_groups": out}
 
@@ -406,7 +420,7 @@ class Rule:
     flags: Callable = lambda g: ()                                             # group -> what is fixed while a kernel is compiled
     per_branch: tuple = ()       # state that each branch keeps for itself
     coupled: bool = True         # does its weight_decay mean coupled decay?
-    began: Callable = lambda g: {}                                             # options -> what a group remembers of them: its state began so
+    began: Callable = lambda g: {}  # options -> what a group remembers of them: its state began so
 
 # %% ../nbs/01b_optim.ipynb #d4e7f391
 def _sgd(P, G, S, k, flags, terms):
@@ -593,7 +607,9 @@ def _view(self, name, p, group) -> dict:
         flats = {n: flat(_local(state[n]), order) for n in names}
         whole, T = flat(local, order), Terms(self.scales[name], local, order, _first_row(p))
         stays = _held(grad_mult_for(p, self.scales[name]), p)
-        v = self._views[name] = dict(p=p, whole=whole, held=None if stays is None else flat(stays, order), at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T, edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
+        v = self._views[name] = dict(p=p, at=local.data_ptr(), state={n: state[n] for n in names}, order=order, terms=T,
+                                     whole=whole, held=None if stays is None else flat(stays, order),
+                                     edges=[(a, b) for a, b, _ in T.segments], T=[t for *_, t in T.segments],
                                      P=[whole[:, a:b] for a, b, _ in T.segments] if len(whole) else [], S=[{n: s[:, a:b] for n, s in flats.items()} for a, b, _ in T.segments],
                                      corner=None if T.scattered is None or not len(whole) else [whole.view(-1), *(s.view(-1) for s in flats.values())])
     return v
@@ -672,7 +688,8 @@ RepOptimizer._update, RepOptimizer._run, RepOptimizer._compiles = _update, _run,
 # %% ../nbs/01b_optim.ipynb #4ce29bd4
 def _multiplied(m: GradMult, p: Tensor) -> Tensor:
     "The product of a Grad Mult and `p`'s gradient, a new tensor; of an FSDP2 parameter the rows that this process holds"
-    if p.grad.layout != torch.strided: raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
+    if p.grad.layout != torch.strided:
+        raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
     g = p.grad.clone()
     if not hasattr(p, "placements"): return m.mul_(g)
     first, local = _first_row(p), g.to_local()
@@ -681,7 +698,9 @@ def _multiplied(m: GradMult, p: Tensor) -> Tensor:
 
 
 def multiply_grads(pairs) -> Callable:
-    "Replace the gradient of every (GradMult, parameter) by its product. Returns a function that puts the gradients back, and the entries that no branch moves."
+    """Replace the gradient of every (GradMult, parameter) by its product.
+
+    Returns a function that puts the gradients back, and the entries that no branch moves."""
     ours = [(m, p, p.grad, _multiplied(m, p)) for m, p in pairs if m is not None and p.grad is not None]
     before = [(_held(m, p), _local(p), _local(p).clone()) for m, p, *_ in ours if m.beyond is not None]
     for _, p, _, product in ours: p.grad = product
@@ -736,7 +755,8 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
 
     `rule`: None (the exact way that is known for `cls`, explicit branches for an unknown class), 'gradient' (Σα² into the gradient),
     'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the step does not see the gradient's size), 'explicit'."""
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)): raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
     if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
     if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
     way = rule or (("branch" if RULES[cls] else "gradient") if cls in RULES else "explicit")
@@ -766,7 +786,7 @@ class _Ruled(RepOptimizer):
 class Explicit(RepOptimizer, torch.optim.Optimizer):
     """Any torch optimizer on explicit branches: exact for every rule. Costs a copy of the kernels and their state.
 
-    `rep_optimizer(cls, 'explicit')` makes its subclasses. A kernel's state is {branch: {"theta": its parameter, its state in `cls`}}."""
+    `rep_optimizer(cls, 'explicit')` makes its subclasses. A kernel's state is {branch: {"theta": …, as in `cls`}}."""
     def __init__(self, params, *args, scales: Mapping, plain=(), thetas: Mapping | None = None, **kwargs):
         groups = self._bind(params, scales, plain)
         if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
@@ -779,12 +799,13 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
 
     def _inner(self, group):
         "The same group with every kernel's branches in its place"
-        branches = lambda n, p: self.thetas[n].values() if n in self.thetas else [p]
-        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": [q for n, p in group["params"] for q in branches(n, p)]}
+        params = [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self.thetas else [p])]
+        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": params}
 
     def add_param_group(self, param_group):
         if len(self.param_groups) >= len(self.inner.param_groups):
-            raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is built")
+            raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is "
+                             "built")
         super().add_param_group(param_group)
 
     def _named_params(self): return [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"])]
@@ -813,7 +834,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
         "Where the kernel is not the one that the branches made (loaded, pruned, an average put in), split the difference among them as at the start"
         W = self._kernel(name, p)
         if torch.equal(W, p): return
-        if not W.isfinite().all():                                             # a training that diverged, and weights put back
+        if not W.isfinite().all():  # a training that diverged, and weights put back
             for theta in self.thetas[name].values(): theta.nan_to_num_(0., 0., 0.)
             W = self._kernel(name, p)
         for b, theta in self._split(name, p - W).items(): self.thetas[name][b].add_(theta)
@@ -838,7 +859,8 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
         own = self.inner.state
         for name, p in self._named_params():
             branches = self.thetas.get(name)
-            self.state[p] = own.get(p, {}) if branches is None else {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
+            if branches is None: self.state[p] = own.get(p, {})
+            else: self.state[p] = {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
 
     def state_dict(self):
         "torch's, each kernel's state by branch; and the scales by name"
@@ -861,9 +883,11 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
     def _check_state(self, name, p, state, group):
         for b, theta in self.thetas[name].items() if state else ():
             if not isinstance(state.get(b), Mapping) or "theta" not in state[b]:
-                raise ValueError(f"this state_dict was not made by {type(self).__name__}: it has no branch {b} of {name}")
+                raise ValueError(f"this state_dict was not made by {type(self).__name__}: it has no branch {b} of "
+                                 f"{name}")
             if state[b]["theta"].numel() != theta.numel():
-                raise ValueError(f"this state_dict belongs to another net: branch {b} of {name} has {state[b]['theta'].numel()} entries, ours {theta.numel()}")
+                raise ValueError(f"this state_dict belongs to another net: branch {b} of {name} has "
+                                 f"{state[b]['theta'].numel()} entries, ours {theta.numel()}")
 
     def __getstate__(self): return {**super().__getstate__(), "inner": self.inner, "thetas": self.thetas}
 
@@ -884,7 +908,8 @@ class _Stretched(RepOptimizer):
     def __init__(self, params, *args, scales: Mapping, plain=(), **kwargs):
         groups = self._bind(params, scales, plain)
         if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
-            raise ValueError(f"{type(self).__name__} stretches whole kernels, and these are sharded: use a rule that is stepped on shards")
+            raise ValueError(f"{type(self).__name__} stretches whole kernels, and these are sharded: use a rule that "
+                             "is stepped on shards")
         if "weight_decay" not in signature(self.torch_class).parameters:
             decay = kwargs.pop("weight_decay", 0.)
             groups = [{"weight_decay": decay, **g} for g in groups]
@@ -907,7 +932,8 @@ class _Stretched(RepOptimizer):
     def _check_group(self, group):
         super()._check_group(group)
         if "rep_decay" in group:
-            raise ValueError(f"this state_dict of {type(self).__name__} is of an older version, whose state had seen multiplied gradients: begin anew")
+            raise ValueError(f"this state_dict of {type(self).__name__} is of an older version, whose state had seen "
+                             "multiplied gradients: begin anew")
 
 # %% ../nbs/01b_optim.ipynb #d92587f0
 RepSGD, RepASGD, RepAdam, RepAdamW, RepNAdam, RepRAdam, RepRMSprop, RepAdagrad, RepRprop, RepAdamax, RepAdadelta, RepLion = map(rep_optimizer, RULES)
@@ -970,9 +996,9 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
 
 # %% ../nbs/01b_optim.ipynb #d56132d1
 def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
-    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters; also of one that accelerate wraps.
+    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, accelerate's wrapper or not.
 
-    It keeps its state, groups and hooks, and what schedulers and wrappers have put around its step. Returns a handle with `remove()`.
+    It keeps its state, groups and hooks, and what a scheduler has put around its step. Returns a handle: `remove()`.
     Raises ValueError for another class, for scales that do not fit, and for an optimizer that has scales already."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer): optimizer = optimizer.optimizer
     kind = type(optimizer)
@@ -980,7 +1006,8 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
         raise ValueError(f"this {kind.__name__} has scales already: multiplying its gradients twice would square them. "
                          "Call remove() on the handle of its first attach")
     if kind not in (torch.optim.SGD, torch.optim.ASGD):
-        raise ValueError(f"attach multiplies gradients, which is exact for SGD and ASGD alone, not for {kind.__name__}: use rep_optimizer({kind.__name__})")
+        raise ValueError("attach multiplies gradients, which is exact for SGD and ASGD alone, not for "
+                         f"{kind.__name__}: use rep_optimizer({kind.__name__})")
     if any("param_names" not in g for g in optimizer.param_groups):
         raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
     new = _attached(kind).__new__(_attached(kind))
@@ -988,7 +1015,8 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     groups = new._bind(groups, scales, plain)
     for g in groups: new._check_group(g)
     handle = _Handle(optimizer)
-    for g, own in zip(optimizer.param_groups, groups): g.update(param_names=[n for n, _ in own["params"]], scales_sha256=own["scales_sha256"])
+    for g, own in zip(optimizer.param_groups, groups):
+        g.update(param_names=[n for n, _ in own["params"]], scales_sha256=new.scales.hash)
     optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
     optimizer.__class__ = type(new)
     if "step" in vars(optimizer): optimizer.step = _eager(optimizer.step)          # a scheduler's, around torch's own
@@ -996,10 +1024,11 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
 
 
 class _Attached(RepOptimizer):
-    "What `attach` adds to torch's own class: gradients are multiplied where its step gathers them, behind every hook, closure and wrapper"
+    "What `attach` adds to torch's class: gradients are multiplied where its step gathers them, past every closure"
     def _init_group(self, group, params, grads, *state):
         if torch._guards.TracingContext.try_get():
-            raise ValueError("this step was compiled before attach gave the optimizer scales: call torch.compile(optimizer.step) again")
+            raise ValueError("this step was compiled before attach gave the optimizer scales: call "
+                             "torch.compile(optimizer.step) again")
         self._check_group(group)
         out = super()._init_group(group, params, grads, *state)
         mults = dict(zip(group["params"], self._mults(group)))
@@ -1008,14 +1037,16 @@ class _Attached(RepOptimizer):
             grads[i] = _multiplied(m, p)
             if m.beyond is None: continue
             decay = (group.get("weight_decay", 0) + group.get("lambd", 0))*(1 if group["maximize"] else -1)
-            _local(grads[i]).copy_(torch.where(_held(m, p), decay*_local(p), _local(grads[i])))    # what torch's decay takes is given back
+            # what torch's decay takes is given back
+            _local(grads[i]).copy_(torch.where(_held(m, p), decay*_local(p), _local(grads[i])))
         return out
 
 
 @lru_cache(maxsize=None)
 def _attached(cls):
     doc = f"`{cls.__name__}` to which `attach` gave scales."
-    return type(cls.__name__, (_Attached, cls), dict(step=_eager(cls.step), torch_class=cls, way="attached", __module__=__name__, __doc__=doc))
+    body = dict(step=_eager(cls.step), torch_class=cls, way="attached", __module__=__name__, __doc__=doc)
+    return type(cls.__name__, (_Attached, cls), body)
 
 
 def _eager(step: Callable) -> Callable:
@@ -1035,4 +1066,5 @@ class _Handle:
         self.optimizer.__class__ = self.optimizer.torch_class
         for g, names in zip(self.optimizer.param_groups, self.names): g["param_names"] = names
         for g in self.optimizer.param_groups: del g["scales_sha256"]
-        for k in ("scales", "plain", "_named", "_mult_cache", "_views", "_ages", "_compiled", "_told"): delattr(self.optimizer, k)
+        for k in ("scales", "plain", "_named", "_mult_cache", "_views", "_ages", "_compiled", "_told"):
+            delattr(self.optimizer, k)
