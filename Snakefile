@@ -41,7 +41,7 @@ def hold():
 
 
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
-FLOORS = "records published csla grad_mult scales optim models repghost data checkpoint distributed training speed plan".split()
+FLOORS = "records published csla grad_mult scales models optim repghost data checkpoint distributed training speed plan".split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]

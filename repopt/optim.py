@@ -7,8 +7,8 @@ __all__ = ['SGD', 'ADAM', 'NADAM', 'RADAM', 'RMSPROP', 'ADAGRAD', 'RPROP', 'LION
            'REFUSED', 'RepSGD', 'RepASGD', 'RepAdam', 'RepAdamW', 'RepNAdam', 'RepRAdam', 'RepRMSprop', 'RepAdagrad',
            'RepRprop', 'RepAdamax', 'RepAdadelta', 'RepLion', 'named_groups', 'param_groups', 'RepOptimizer',
            'grad_mult_for', 'unhooked', 'memory_order', 'flat', 'reach', 'Term', 'combine', 'Terms', 'Rule',
-           'per_branch', 'multiply_grads', 'rep_optimizer', 'Explicit', 'clip_grad_norm_', 'check_equivalence',
-           'attach']
+           'per_branch', 'multiply_grads', 'rep_optimizer', 'Explicit', 'clip_grad_norm_', 'search_distance',
+           'check_equivalence', 'attach']
 
 # %% ../nbs/01b_optim.ipynb #17ee802c
 import warnings
@@ -21,6 +21,7 @@ from types import FunctionType
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from .csla import CSLA, Branch, equivalent_kernel
 from .grad_mult import GradMult, constants, named_branch
 from .scales import Scales, check_fit, own_names
@@ -518,7 +519,7 @@ ADAGRAD = Rule(_adagrad, lambda g: ("sum",),
 def _rprop(P, G, S, k, flags, terms):
     sign = (G*S["prev"]).sign()
     size = torch.where(S["step_size"] > 0, S["step_size"], k["lr"])
-    size = S["step_size"].copy_((size*torch.where(sign > 0, k["up"], torch.where(sign < 0, k["down"], 1.))).clamp(k["low"], k["high"]))
+    size = S["step_size"].copy_(torch.where(sign > 0, size*k["up"], torch.where(sign < 0, size*k["down"], size)).clamp(k["low"], k["high"]))
     G = torch.where(sign < 0, 0., G)
     P.sub_(combine(terms, lambda a: a)*G.sign()*size)
     S["prev"].copy_(G)
@@ -686,15 +687,19 @@ def _compiles(self, numel): return numel > 5_000_000 if self.compiled is None el
 RepOptimizer._update, RepOptimizer._run, RepOptimizer._compiles = _update, _run, _compiles
 
 # %% ../nbs/01b_optim.ipynb #4ce29bd4
+def _times(m: GradMult, t: Tensor) -> Tensor:
+    "t ← M ⊙ t, in place; of a tensor that FSDP2 has sharded the rows that this process holds"
+    if not hasattr(t, "placements"): return m.mul_(t)
+    first, local = _first_row(t), t.to_local()
+    local.mul_(m.dense()[first:first + len(local)])
+    return t
+
+
 def _multiplied(m: GradMult, p: Tensor) -> Tensor:
-    "The product of a Grad Mult and `p`'s gradient, a new tensor; of an FSDP2 parameter the rows that this process holds"
+    "The product of a Grad Mult and `p`'s gradient, a new tensor"
     if p.grad.layout != torch.strided:
         raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
-    g = p.grad.clone()
-    if not hasattr(p, "placements"): return m.mul_(g)
-    first, local = _first_row(p), g.to_local()
-    local.mul_(m.dense()[first:first + len(local)])
-    return g
+    return _times(m, p.grad.clone())
 
 
 def multiply_grads(pairs) -> Callable:
@@ -907,9 +912,6 @@ class _Stretched(RepOptimizer):
     "What `rep_optimizer(cls, 'update')` adds to `cls`. `weight_decay` is decoupled, whatever `cls` means by it."
     def __init__(self, params, *args, scales: Mapping, plain=(), **kwargs):
         groups = self._bind(params, scales, plain)
-        if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
-            raise ValueError(f"{type(self).__name__} stretches whole kernels, and these are sharded: use a rule that "
-                             "is stepped on shards")
         if "weight_decay" not in signature(self.torch_class).parameters:
             decay = kwargs.pop("weight_decay", 0.)
             groups = [{"weight_decay": decay, **g} for g in groups]
@@ -926,8 +928,10 @@ class _Stretched(RepOptimizer):
             for g, decay in zip(self.param_groups, decays): g["weight_decay"] = decay
         for p, before, m, g in ours:
             step = p - before
-            new = before*(1 - g["lr"]*g["weight_decay"]) + (step if m is None else m.mul_(step))
-            p.copy_(new if m is None or m.beyond is None else torch.where(m.beyond, before, new))
+            new = before*(1 - g["lr"]*g["weight_decay"]) + (step if m is None else _times(m, step))
+            stays = None if m is None else _held(m, p)
+            if stays is not None: _local(new).copy_(torch.where(stays, _local(before), _local(new)))
+            p.copy_(new)
 
     def _check_group(self, group):
         super()._check_group(group)
@@ -962,37 +966,131 @@ def _norm2(m: GradMult | None, g: Tensor) -> Tensor:
     "Σ M g², M = 1 without a Grad Mult; of a sharded gradient over all shards"
     if not hasattr(g, "placements"): return g.square().sum() if m is None else m.norm2(g)
     square = g.square()
-    if m is not None:
-        first, local = _first_row(g), square.to_local()
-        local.mul_(m.dense()[first:first + len(local)])
-    return square.sum().full_tensor()
+    return (square if m is None else _times(m, square)).sum().full_tensor()
 
 # %% ../nbs/01b_optim.ipynb #98ab27e8
-def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, batches, loss=nn.functional.cross_entropy, steps: int = 20) -> dict:
-    """Does `optimizer(model.named_parameters(), scales)` do what branches would? {'exact', 'deviation': {parameter: relative distance}, 'yardstick'}.
+class _Branches(nn.Module):
+    """A parametrization: the kernel `W` as the sum of its branches `thetas`, which are what is trained.
 
-    `batches`: (x, y) pairs, as many as `steps`. Exact: at most ten times the yardstick, two runs 1e-15 apart, or 1e-12. The model is not changed."""
-    batches = [(x.double() if x.is_floating_point() else x, y.double() if y.is_floating_point() else y) for x, y in list(batches)[:steps]]
+    What they leave of `W`, rounding and entries out of their reach, is constant."""
+    def __init__(self, scales: Mapping, thetas: Mapping, W: Tensor):
+        super().__init__()
+        self.maps, self.alphas = {b: named_branch(b) for b in scales}, {b: a.to(W) for b, a in constants(scales).items()}
+        self.thetas, self.rest = tuple(thetas[b].detach().clone() for b in scales), torch.zeros_like(W)
+        self.rest = W.detach() - self(*self.thetas)
+
+    def forward(self, *thetas):
+        return equivalent_kernel(self.maps, self.alphas, dict(zip(self.maps, thetas)), self.rest) + self.rest
+
+    def right_inverse(self, W): return self.thetas
+
+
+def _with_branches(net: nn.Module, opt: torch.optim.Optimizer, scales: Mapping) -> torch.optim.Optimizer:
+    "Put branches for autograd into `net`, in place, and give back torch's own optimizer on them, with the options of `opt`"
+    cls, ours = opt.torch_class, ("params", "param_names", "eps_form", "rep_decay", "scales_sha256")
+    groups = [{**{k: v for k, v in g.items() if k not in ours}, "params": list(zip(g["param_names"], g["params"]))} for g in opt.param_groups]
+    options = {k: v for k, v in opt.defaults.items() if k in signature(cls).parameters}
+    thetas = (opt if isinstance(opt, Explicit) else rep_optimizer(cls, "explicit")(groups, scales=scales, plain=opt.plain, **options)).thetas
+    named, parts = dict(net.named_parameters()), {}
+    for raw, own in own_names(named, scales).items():
+        if own not in scales: continue
+        W, (path, _, name) = named[raw], raw.rpartition(".")
+        owner = net.get_submodule(path)
+        nn.utils.parametrize.register_parametrization(owner, name, _Branches(scales[own], thetas[own], W))
+        parts[id(W)] = [*owner.parametrizations[name].parameters(recurse=False)]
+    return cls([{**g, "params": [q for _, p in g["params"] for q in parts.get(id(p), [p])]} for g in groups], **options)
+
+
+def _in_float64(check: Callable) -> Callable:
+    "`check` with float64 as torch's default too: what optimizers and nets make themselves, NAdam its products, is not rounded to float32"
+    @wraps(check)
+    def run(*args, **kwargs):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try: return check(*args, **kwargs)
+        finally: torch.set_default_dtype(before)
+    return run
+
+
+@torch.no_grad()
+def search_distance(model: nn.Module, scales: Mapping, x) -> float | None:
+    """How far the outputs of the search copy of `model` are from its own at equal kernels, relative; None where no copy can be made.
+
+    A copy is another net where a kernel is not simply convolved with (standardised, padded by its module)."""
+    from repopt.models import to_branches
+    net, own = deepcopy(model), own_names([n for n, _ in model.named_parameters()], scales)
+    of = {raw: scales[o] for raw, o in own.items() if o in scales}
+    if not all(raw.endswith(".weight") for raw in of): return None
+    try: copy = to_branches(deepcopy(net), of, trainable=True, folded=True)
+    except ValueError: return None
+    for raw in of: net.get_parameter(raw).copy_(copy.get_submodule(raw.removesuffix(".weight")).weight)
+    def outputs(net):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return torch.cat([t.flatten().double() for t in tree_leaves(net(x)) if isinstance(t, Tensor) and t.is_floating_point()])
+    a, b = outputs(copy), outputs(net)
+    return ((a - b).norm()/b.norm()).item()
+
+
+@_in_float64
+def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, batches,
+                      loss: Callable = nn.functional.cross_entropy, steps: int = 20) -> dict:
+    """Does `optimizer(model.named_parameters(), scales)` do what branches would do under torch's own optimizer, by autograd?
+
+    `batches`: (x, y) pairs, as many as `steps`. The model is not changed. Returns a dict:
+    'exact': True, False, or None where it cannot tell; 'verdict': the same in words;
+    'deviation': {parameter: relative distance from the branches}; 'yardstick': how far two runs part that start 1e-15 apart;
+    'search': as `search_distance` says. Exact: at most ten times the yardstick or 1e-12, and the search copy is the same net.
+    Raises ValueError for an optimizer without scales."""
+    wide = lambda t: t.double() if t.is_floating_point() else t
+    batches = [(wide(x), wide(y)) for x, y in list(batches)[:steps]]
+    if not batches: raise ValueError("no batches were given: nothing can be compared")
+    start = deepcopy(model).double().train()
+    own = own_names([n for n, _ in start.named_parameters()], scales)
+    def ours(net):
+        opt = optimizer(net.named_parameters(), scales)
+        if getattr(opt, "torch_class", None) is not None: return opt
+        raise ValueError(f"{type(opt).__name__} has no scales: `optimizer` must make a RepOptimizer, or attach scales to a stock one")
     def train(make, nudge=0.):
-        net = deepcopy(model).double().train()
-        g = torch.Generator().manual_seed(0)
-        for p in net.parameters(): p.data.add_(nudge*p.data.abs()*torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device))
+        net, g = deepcopy(start), torch.Generator().manual_seed(0)
+        for p in net.parameters():
+            p.data.add_(nudge*p.data.abs()*torch.randn(p.shape, generator=g, dtype=p.dtype, device="cpu").to(p.device))
         opt = make(net)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for x, y in batches: opt.zero_grad(); loss(net(x), y).backward(); opt.step()
-        own = own_names([n for n, _ in net.named_parameters()], scales)
-        return {n: p.detach() for n, p in net.named_parameters() if own[n] in scales}
-    def ours(net): return optimizer(net.named_parameters(), scales)
-    def branches(net):
-        o = ours(net)
-        if o.torch_class is None: raise ValueError(f"{type(o).__name__} is not a RepOptimizer")
-        groups = [{**{k: v for k, v in g.items() if k not in ("params", "param_names", "eps_form", "rep_decay")}, "params": list(zip(g["param_names"], g["params"]))} for g in o.param_groups]
-        return rep_optimizer(o.torch_class, "explicit")(groups, scales=scales, plain=o.plain)
-    far = lambda a, b: {n: ((a[n] - b[n]).norm()/b[n].norm()).item() for n in b}
-    fast = train(ours)
-    deviation, yardstick = far(fast, train(branches)), max(far(train(ours, 1e-15), fast).values())
-    return dict(exact=max(deviation.values()) <= max(10*yardstick, 1e-12), deviation=deviation, yardstick=yardstick)
+            for x, y in batches:
+                opt.zero_grad()
+                loss(net(x), y).backward()
+                opt.step()
+        kernel = lambda raw: getattr(net.get_submodule(raw.rpartition(".")[0]), raw.rpartition(".")[2])
+        return {raw: kernel(raw).detach() for raw, o in own.items() if o in scales}
+    def far(a, b): return {n: ((a[n] - b[n]).norm()/b[n].norm().clamp(min=torch.finfo(b[n].dtype).tiny)).item() for n in b}
+    fast, nudged, branches = train(ours), train(ours, 1e-15), train(lambda net: _with_branches(net, ours(net), scales))
+    finite = [all(W.norm().isfinite() for W in run.values()) for run in (branches, fast)]
+    search = search_distance(start, scales, batches[0][0])
+    return _judged(far(fast, branches), _worst(far(nudged, fast).values()), search, *finite)
+
+
+def _worst(distances) -> float:
+    "The largest; nan counts as infinite"
+    return max(d if d == d else float("inf") for d in distances)
+
+
+def _judged(deviation, yardstick, search, branches_finite, ours_finite) -> dict:
+    "The dict that `check_equivalence` returns"
+    worst, limit = _worst(deviation.values()), max(10*yardstick, 1e-12)
+    rounding = f"{worst:.1e} from the branches, where rounding explains {limit:.1e}"
+    if search is not None and not search <= 1e-6:
+        exact, why = False, f"the search copy is another net: at equal kernels its outputs differ by {search:.1e}"
+    elif not branches_finite:
+        exact, why = None, "cannot tell: the branches' own training is not finite; take a smaller learning rate"
+    elif not ours_finite: exact, why = False, "not exact: the training is not finite, that of the branches is"
+    elif not worst <= limit: exact, why = False, f"not exact: {rounding}"
+    elif limit > 1e-6:
+        exact, why = None, (f"cannot tell: rounding alone parts two runs by {yardstick:.1e}; "
+                            "take fewer steps, a smaller learning rate or larger batches")
+    else: exact, why = True, f"exact: {rounding}"
+    return dict(exact=exact, verdict=why, deviation=deviation, yardstick=yardstick, search=search)
 
 # %% ../nbs/01b_optim.ipynb #d56132d1
 def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
