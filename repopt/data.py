@@ -15,12 +15,13 @@ import bisect, hashlib, importlib, math, os, random, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .records import Parser, command_line
+from .records import Parser, command_line, one_line
 
 # %% ../nbs/03_data.ipynb #44968086
 class DataError(ValueError): "The data are not there, are damaged, or do not fit the recipe; the message says what was expected and what was seen."
@@ -47,8 +48,7 @@ def data_root(data=None) -> Path:
 def _needs(module: str, what: str):
     "The optional `module`, or a DataError that says how to get it"
     try: return importlib.import_module(module)
-    except ImportError as e:
-        raise DataError(f"{what} needs {module.partition('.')[0]}, which cannot be imported ({e}): install it") from e
+    except ImportError as e: raise DataError(f"{what}: {one_line(e)}") from e
 
 # %% ../nbs/03_data.ipynb #40d9bca2
 @dataclass
@@ -79,7 +79,7 @@ def load_digits(root=None):
     return tuple(Split(x[i], y[i], (.3053,), (.3760,)) for i in (p[500:], p[:500]))
 
 # %% ../nbs/03_data.ipynb #fa5410a0
-ASSETS = Path(__file__).parent/"assets"/"data" if "__file__" in globals() else Path("../repopt/assets/data")
+ASSETS = Path(str(files("repopt")))/"assets"/"data"
 FASHION_SHA256 = "441deab73a56ca666ef9b423f18b7f447d042208ad5088db9b40c79578c957d4"    # as tests/make_fashion.py says
 
 def load_fashion(root=None, test: str = "test"):

@@ -21,6 +21,7 @@ from types import FunctionType
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from .csla import CSLA, Branch, equivalent_kernel
 from .grad_mult import GradMult, constants, named_branch
@@ -181,7 +182,11 @@ def _renamed(optimizer, named) -> list:
 
 def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
     "The GradMult of one kernel on its device, computed in its precision: squares of float32 scales would be rounded before a float64 kernel sees them"
-    return GradMult({b: s.to(device=p.device, dtype=p.dtype) for b, s in scales.items()}, p.shape, degree)
+    m = GradMult({b: s.to(device=p.device, dtype=p.dtype) for b, s in scales.items()}, p.shape, degree)
+    with _disable_current_modes():                                            # of the scales, which have values where a FakeTensor has none
+        beyond = GradMult(scales, p.shape, degree).beyond
+    m.beyond = None if beyond is None else beyond.to(p.device)
+    return m
 
 
 def _held(m: GradMult, p: Tensor) -> Tensor | None:

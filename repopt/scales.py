@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from .csla import CSLA, equivalent_kernel, init_
 from .grad_mult import GradMult, named_branch, rep_branches
 from .published import examine, read
@@ -41,7 +42,8 @@ class Scales(Mapping):
     def hash(self) -> str:
         "sha256 of names, shapes and values; what says that two runs used the same optimizer"
         h = hashlib.sha256()
-        for key, s in sorted(self.flat().items()): h.update(f"{key}{tuple(s.shape)}{s.dtype}".encode() + s.numpy().tobytes())
+        with _disable_current_modes():                                        # FakeTensorMode would read other bytes
+            for key, s in sorted(self.flat().items()): h.update(f"{key}{tuple(s.shape)}{s.dtype}".encode() + s.numpy().tobytes())
         return h.hexdigest()
 
     def flat(self) -> dict:

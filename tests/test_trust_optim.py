@@ -502,3 +502,18 @@ def test_groups_decay_kernels_alone_once_and_keep_frozen_ones():
         opt = RepSGD([decay, free], lr=.1, scales=Scales.initial(m))
         m.a(torch.randn(2, 4)).sum().backward()
         opt.step()
+
+
+# --- tensors without values
+
+@pytest.mark.parametrize("cls", [rep_optimizer(c) for c in RULES], ids=lambda c: c.__name__)
+def test_a_step_of_fake_tensors_reads_no_value_and_the_scales_keep_their_hash(cls):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    scales = some_scales(net())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        a = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, bias=False)).double()
+        opt = cls(a.named_parameters(), lr=.01, scales=scales)
+        for p in a.parameters(): p.grad = torch.zeros_like(p)
+        opt.step()
+        assert opt.param_groups[0]["scales_sha256"] == scales.hash
+    assert opt.param_groups[0]["scales_sha256"] == Scales(dict(scales)).hash
