@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.testing._internal.common_optimizers import optim_db
 
-torch.backends.__allow_nonbracketed_mutation_flag = True               # that import forbids, to all tests, to set backends' flags
+with pytest.MonkeyPatch.context() as m:                                # that import forbids, to all tests, to set backends' flags
+    m.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_optimizers import optim_db
 
 from repopt.csla import CSLA, Block
 from repopt.grad_mult import constants, named_branch
