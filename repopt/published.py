@@ -125,11 +125,14 @@ def layout(names) -> str:
 
 def renamed(tensors: dict) -> dict:
     "`tensors` under the names that the nets here give them; those of no known layout stay. ValueError where two names become one."
-    out = {}
+    out, olds, (_, rules) = {}, {}, LAYOUTS.get(layout(tensors), ("", ()))
     for old, v in tensors.items():
         name = old
-        for pattern, ours in LAYOUTS.get(layout(tensors), ("", ()))[1]: name = re.sub(pattern, ours, name)
-        if name in out: raise ValueError(f"{name} stands in this file twice, the second time as {old}: take one of the two out of it")
+        for pattern, ours in rules: name = re.sub(pattern, ours, name)
+        if name in out:
+            raise ValueError(f"{name} stands in this file twice, as {olds[name]} and as {old}: "
+                             "take one of the two out of it")
+        olds[name] = old
         out[name] = v.flatten(1) if v.ndim == 4 and v.shape[2:] == (1, 1) and re.search(r"(\.fc[12]|^head)\.weight$", name) else v
     return out
 

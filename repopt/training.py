@@ -300,11 +300,12 @@ def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: i
     """The net of `recipe`, or `model`, with the weights in the file `weights`: ours, or in one of the `published.LAYOUTS`. ValueError where they do not fit it.
 
     A deployed net's go into the branched one, which is then fused, or into the plain one."""
-    have, net = published.renamed(checkpoint.foreign_weights(weights)), build_model(model or recipe.model, mode, recipe, in_chans)
+    tensors, net = checkpoint.foreign_weights(weights), build_model(model or recipe.model, mode, recipe, in_chans)
+    have = published.renamed(tensors)
     want = {k: v.shape for k, v in net.state_dict().items()}
     if "linear.weight" in have and "linear.weight" in want and have["linear.weight"].shape != want["linear.weight"]:
         raise ValueError(f"{weights} has {len(have['linear.weight'])} classes and {have['linear.weight'].shape[1]} features, {model or recipe.model} for {recipe.name} has {want['linear.weight'][0]} and {want['linear.weight'][1]}")
-    try: return published.load_into(net, have).eval()
+    try: return published.load_into(net, tensors).eval()
     except ValueError as e: raise ValueError(f"{weights} does not fit {model or recipe.model} in mode {mode}: {e}. Name the net by --model, and --mode csla or hs for one with branches") from None
 
 
