@@ -8,9 +8,11 @@ __all__ = ['gpus_for', 'footprint', 'seconds_an_image', 'loading_rate', 'plan']
 # %% ../nbs/05c_plan.ipynb #6ee47a19
 import shlex, sys, time
 from dataclasses import replace
+from inspect import signature
 import torch
 from .data import load_data
 from .distributed import command
+from .optim import Explicit
 from .speed import imagined, step_bytes
 from .records import writable
 from .training import Recipe, arguments, build_model, make_optimizer, resolve, train_step
@@ -27,10 +29,27 @@ def gpus_for(gpus, recipe: Recipe, nodes: int = 1) -> int:
 
 # %% ../nbs/05c_plan.ipynb #041ce9f8
 def footprint(recipe: Recipe, model=None, mode="target", optimizer="sgd", images: int = 32, in_chans: int = 3) -> dict:
-    "{'parameters': number, and the bytes of `step_bytes`} of a process that trains on `images` images at a time"
+    """{'parameters': number, and the bytes of `step_bytes`} of a process that trains on `images` images at a time.
+
+    Without the constants of a RepOptimizer, which weigh next to nothing."""
     with torch.device("meta"): net = build_model(model or recipe.model, mode, recipe, in_chans)
-    what = imagined(net, lambda net: make_optimizer(optimizer.removeprefix("rep"), net, recipe))         # scales weigh next to nothing
-    return dict(parameters=sum(p.numel() for p in what[2].parameters()), **step_bytes(*what, (images, in_chans, recipe.image_size, recipe.image_size), recipe.precision))
+    scales = net.initial_scales() if optimizer.startswith("rep") and hasattr(net, "initial_scales") else None
+    what = imagined(net, lambda net: _valueless(make_optimizer(optimizer, net, recipe, scales)))
+    shape = images, in_chans, recipe.image_size, recipe.image_size
+    return dict(parameters=sum(p.numel() for p in what[2].parameters()), **step_bytes(*what, shape, recipe.precision))
+
+
+def _valueless(opt):
+    "For `opt`, a RepOptimizer, the optimizer that weighs the same and steps without looking at values: torch's own, on what `opt` steps"
+    cls = getattr(opt, "torch_class", None)
+    if cls is None: return opt
+    if not isinstance(opt, Explicit):
+        own = [k for k in opt.defaults if k in signature(cls).parameters]
+        return cls([{k: g[k] for k in ("params", *own)} for g in opt.param_groups])
+    def give(*_):
+        for p in (p for thetas in opt.thetas.values() for p in thetas.values()): p.grad = torch.zeros_like(p)
+    opt.inner.register_step_pre_hook(give)
+    return opt.inner
 
 # %% ../nbs/05c_plan.ipynb #c584816a
 def seconds_an_image(recipe: Recipe, model=None, mode="target", optimizer="sgd", scales=None, in_chans: int = 3, steps: int = 3) -> float:

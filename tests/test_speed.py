@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from repopt import speed
+from repopt import plan, speed
+from repopt.optim import RepNAdam, rep_optimizer
+from repopt.training import OPTIMIZERS, Recipe, build_model, make_optimizer
 
 
 @pytest.fixture
@@ -45,3 +47,39 @@ def test_rows_of_a_gpu(card, tmp_path, capsys):
 def test_what_does_not_fit_is_said(card, capsys):
     assert speed.main("--train digits --size 32 --batch 6 --precision fp32 --compiled= --rounds 2".split()) == 1
     assert "not run: train digits, 32 pixels, fp32: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+
+
+# --- what a step weighs, by the plan and by a step of tensors that have memory
+
+ADDED = dict(repnadam=lambda g, r, **rep: RepNAdam(g, lr=r.lr, decoupled_weight_decay=True, **rep),
+             replique=lambda g, r, **rep: rep_optimizer(torch.optim.Adagrad, "explicit")(g, lr=r.lr, **rep))
+
+
+def weighed(recipe, name, images):
+    "(bytes before a step, bytes at its peak)"
+    with torch.device("meta"): scales = build_model(recipe.model, "target", recipe, 3).initial_scales()
+    live = speed.Live()
+    with live:
+        net = build_model(recipe.model, "target", recipe, 3)
+        opt = make_optimizer(name, net, recipe, scales if name.startswith("rep") else None)
+        for p in net.parameters(): p.grad = torch.zeros_like(p)
+        opt.step()
+        opt.zero_grad()
+        before = live.now
+        x, y = torch.randn(images, 3, recipe.image_size, recipe.image_size), torch.zeros(images, dtype=torch.long)
+        live.peak = 0
+        speed.train_step(net, opt, x, y)
+    return before, live.peak
+
+
+@pytest.mark.parametrize("name", ["sgd", "repsgd", "repadamw", *ADDED])
+def test_the_plan_knows_what_a_step_weighs_with_an_added_optimizer_too(name, monkeypatch):
+    for k, make in ADDED.items(): monkeypatch.setitem(OPTIMIZERS, k, make)
+    recipe = Recipe.load("digits", precision="fp32", channels_last=False)
+    found, (fixed, peak) = plan.footprint(recipe, optimizer=name, images=2), weighed(recipe, name, 2)
+    assert found["fixed"] == pytest.approx(fixed, rel=.05) and found["peak"] == pytest.approx(peak, rel=.1)
+
+
+def test_a_plan_of_an_added_optimizer_is_printed(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "repnadam", ADDED["repnadam"])
+    assert any("1 GPU: 64 images each" in line for line in plan.plan("digits", optimizer="repnadam", time_it=False))
