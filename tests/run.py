@@ -11,6 +11,11 @@ BIN = Path(sys.executable).parent
 NOTEBOOK = r"(\d.*|index)\.ipynb"                                          # not what papermill was told to write there
 
 
+def project_notebooks():
+    "The notebooks in nbs/ that are the project's"
+    return sorted(p for p in (ROOT/"nbs").glob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name))
+
+
 def stream(*command):
     "Run `command`, pass its output through as it comes, and give back (return code, output)."
     p = subprocess.Popen([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -23,7 +28,7 @@ def stream(*command):
 
 def notebooks(jobs):
     "(passed, failed, {name: seconds}) of `nbdev_test` over every notebook in nbs/"
-    want = {p.name for p in (ROOT/"nbs").glob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name)}
+    want = {p.name for p in project_notebooks()}
     how = ["--do_print", "--timing", "--n_workers", jobs, "--file_re", f"^{NOTEBOOK}$"]
     rc, out = stream(sys.executable, BIN/"nbdev_test", *how)
     done = {Path(m).name for m in re.findall(r"^- Completed (.+\.ipynb)$", out, re.M)}

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from run import project_notebooks
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT/"repopt").glob("*.py") if not p.stem.startswith("_"))
 LIGHT = ("torchvision", "torchao", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "pandas", "tqdm", "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
@@ -60,7 +62,7 @@ PAPERMILL = {"04_hyper_search", "05_train_imagenet", "05a_speed", "06_quantizati
 
 
 def test_notebooks_are_clean_and_in_step_with_the_package():
-    for p in (ROOT/"nbs").glob("*.ipynb"):
+    for p in project_notebooks():
         nb = json.loads(p.read_text())
         assert all(c.get("execution_count") is None for c in nb["cells"]), p.name
         if any("papermill" in c["metadata"] for c in nb["cells"]): pytest.fail(f"{p.name} was written by papermill")

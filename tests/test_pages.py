@@ -20,6 +20,7 @@ import pytest
 
 import repopt
 from repopt import records
+from run import project_notebooks
 from repopt.training import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,14 +178,26 @@ def test_reproduce_in_a_folder_of_any_name_and_after_any_kill(clone):
 
 # notebooks
 
-BOOKS = {p.stem for p in (ROOT/"nbs").glob("*.ipynb") if re.match(r"\d|index", p.stem)}
+BOOKS = {p.stem for p in project_notebooks()}
+
+
+def code_of(book):
+    cells = json.loads((ROOT/"nbs"/f"{book}.ipynb").read_text())["cells"]
+    return "".join(line for c in cells if c["cell_type"] == "code" for line in (*c["source"], "\n"))
 
 
 @pytest.mark.parametrize("book", sorted(BOOKS))
 def test_no_notebook_looks_for_the_project_beside_its_working_folder(book):
-    cells = json.loads((ROOT/"nbs"/f"{book}.ipynb").read_text())["cells"]
-    code = "".join(line for c in cells if c["cell_type"] == "code" for line in (*c["source"], "\n"))
-    assert not re.findall(r"""["']\.\./""", code)
+    assert not re.findall(r"""["']\.\./""", code_of(book))
+
+
+@pytest.mark.parametrize("book", sorted(BOOKS))
+def test_no_notebook_leaves_another_default_dtype_to_the_next_in_its_worker(book):
+    """nbdev_test has as many processes as it was given workers, and each runs one notebook after the other.
+
+    What stands in a function is not seen here: it puts back what it sets."""
+    own = re.findall(r"^(?:torch\.)?(set_default_(?:dtype|device|tensor_type))\((.*?)\)", code_of(book), re.M)
+    assert not own or own[-1] == ("set_default_dtype", "torch.float32"), own
 
 
 def papermill(source, tmp_path, cwd, *parameters, **env):
