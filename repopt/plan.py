@@ -40,7 +40,7 @@ def footprint(recipe: Recipe, model=None, mode="target", optimizer="sgd", images
 
 
 def _valueless(opt):
-    "For `opt`, a RepOptimizer, the optimizer that weighs the same and steps without looking at values: torch's own, on what `opt` steps"
+    "For a RepOptimizer, what weighs the same and steps without looking at values: torch's own, on what `opt` steps"
     cls = getattr(opt, "torch_class", None)
     if cls is None: return opt
     if not isinstance(opt, Explicit):
