@@ -230,7 +230,7 @@ PUBLISHED = [  # whose layout, their net, ours in which modes
 
 
 def settled(net, x):
-    "`net` with random weights, its norms' statistics near those of `x`: so what comes out depends on `x`, and on every weight"
+    "`net` with random weights, its norms' statistics near those of `x`: what comes out depends on `x` and on each"
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in () if norms else net.modules():
         if isinstance(m, nn.Conv2d): m.weight.data = nn.init.dirac_(m.weight.data) + .05*torch.randn_like(m.weight)
