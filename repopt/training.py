@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'changes
            'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
-import contextlib, difflib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
+import contextlib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
 from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -25,10 +25,11 @@ import yaml
 from safetensors.torch import load_file, save as to_bytes
 from torch import nn
 from . import checkpoint, published, records
-from .records import BrokenOff, Parser, command_line, compiler_cache, unknown, writable
+from .records import BrokenOff, Parser, command_line, compiler_cache, nearest, unknown, writable
 from .csla import CSLA
-from .data import AUGMENTS, generator, load_data
+from .data import AUGMENTS, data_root, generator, load_data
 from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
+from .models import known
 from .repghost import create_model, initial_scales                      # those of `models`, with RepGhostNets too
 from .optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups
 from .scales import Scales, extract_scales
@@ -118,8 +119,8 @@ def _recipe(values, where):
 
 
 def _must_be(key, v, allowed):
-    near = difflib.get_close_matches(str(v), map(str, allowed), 1)
-    return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near[0]!r}?' if near else ''}"
+    near = nearest(v, allowed)
+    return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near!r}?' if near else ''}"
 
 
 def _typed(key, kind, v):
@@ -252,7 +253,7 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
     grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     seen = loss + 0*norm
-    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}: one is not finite")
     if recipe.clip_norm is not None:
         if isinstance(opt, RepOptimizer): clip_grad_norm_(opt, recipe.clip_norm)
         else: torch._foreach_mul_(grads, (recipe.clip_norm/(norm + 1e-6)).clamp(max=1.))
@@ -400,6 +401,8 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
 def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken) -> float:
     "The seconds between checkpoints. ValueError for anything that no run can be asked, before a thing is made."
     if optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
+    if scales is not None and not isinstance(scales, Scales):
+        raise ValueError(f"scales must be Scales, not {type(scales).__name__}: load_scales(name), Scales.load(file), or Scales.initial(model)")
     for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
         if v not in allowed: raise ValueError(_must_be(k, v, allowed))
     for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
@@ -676,6 +679,11 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
     p = given(namespace, names)
     if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
+    for k, kinds, says in (("resume", bool, "true or false"), ("data", str, "a folder"), ("out", str, "a folder")):
+        if not isinstance(v := getattr(p, k, None), (kinds, type(None))): raise ValueError(f"{k}={v!r} must be {says}")
+    if p.recipe.model not in FOREIGN: known(p.recipe.model)
+    if p.data: data_root(p.data)
+    if p.out: writable(Path(p.out)/"runs", "out")
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
     if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
         own, cifar = p.search is None and p.recipe.data == "digits", "cifar_ghost" if "ghost" in p.recipe.model else "cifar"
@@ -701,8 +709,8 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
     over = _overrides(a.set)
-    if a.model and over.get("model", a.model) != a.model: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
-    recipe = Recipe.load(a.recipe, **{**over, **({"model": a.model} if a.model else {})})
+    if over.get("model", a.model) != a.model and a.model is not None: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
+    recipe = Recipe.load(a.recipe, **{**over, **({} if a.model is None else {"model": a.model})})
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
 
 
@@ -715,7 +723,7 @@ def _overrides(words) -> dict:
         if k in over: raise ValueError(f"--set {k} is given twice")
         if k not in kinds: raise ValueError(f"--set {word}: {unknown('key', k, kinds)}")
         over[k] = text if k == "strides" and "," in text else _parsed(text, f"--set {word}")
-        if over[k] is None and "None" not in kinds[k]: raise ValueError(f"--set {word}: {k} must have a value")
+        if over[k] is None and ("None" not in kinds[k] or not text.strip()): raise ValueError(f"--set {word}: {k} must have a value")
     return over
 
 # %% ../nbs/03c_training.ipynb #e15e6a1b
@@ -732,7 +740,7 @@ def named_scales(name, recipe: Recipe):
 def main(argv=None) -> int:
     "Train one target. Returns the exit code."
     a, recipe, scales = cli(argv, "repopt.training", "target", "Train one net with one seed.")
-    if a.weights:
+    if a.weights is not None:
         got = evaluate_weights(a.weights, recipe, data=a.data, mode=a.mode)
         print(", ".join(f"top-{k[3:]} {v:.2f} %" for k, v in sorted(got.items()) if k != "loss"), f"loss {got['loss']:.4f}", sep=", ")
         return 0
