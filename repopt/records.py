@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'EXPERIMENTS', 'run_id', 'where', 'BrokenOff', 'one_line', 'command_line', 'Parser', 'unknown', 'nearest',
            'compiler_cache', 'writable', 'make_record', 'write_atomic', 'file_name', 'write', 'check', 'lookup', 'load',
-           'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'project', 'main']
+           'read', 'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'project', 'main']
 
 # %% ../nbs/03a_records.ipynb #0d7ec299
 import argparse, contextlib, difflib, hashlib, io, json, math, os, platform, subprocess, sys, tempfile, warnings, zipfile
@@ -229,14 +229,18 @@ def lookup(record: dict, key: str):
 
 def load(path) -> dict:
     "The record in the file `path`, whose name is its own, and `path` besides. ValueError names the file that is none."
+    record, path = read(path), Path(path)
+    if path.name != file_name(record): raise ValueError(f"{path} is not a record: its name would be {file_name(record)}: a copy counts once, remove it")
+    return {**record, "path": str(path)}
+
+
+def read(path) -> dict:
+    "The record in the file `path`, whatever that is called. ValueError as of `load`."
     path = Path(path)
-    try:
-        record = check(json.loads(path.read_text(), object_pairs_hook=_once, parse_constant=_finite))
-        if path.name != file_name(record): raise ValueError(f"its name would be {file_name(record)}: a copy counts once, remove it")
+    try: return check(json.loads(path.read_text(), object_pairs_hook=_once, parse_constant=_finite))
     except OSError as e: raise ValueError(f"{path} is not a record: {e.strerror}") from None
     except (ValueError, RecursionError) as e:                                # JSON's own errors, and bytes that are no text
         raise ValueError(f"{path} is {'' if str(e).startswith('not a') else 'not a record: '}{e}") from None
-    return {**record, "path": str(path)}
 
 
 def _once(pairs):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'changes', 'label', 'lr_at', 'make_optimizer',
            'SplitBatchNorm2d', 'split_batch_norm', 'TrainingError', 'train_step', 'averaging', 'evaluate',
-           'load_weights', 'evaluate_weights', 'Run', 'build_folder', 'build_model', 'run', 'resolve', 'arguments',
-           'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
+           'load_weights', 'evaluate_weights', 'Run', 'finished', 'build_folder', 'build_model', 'run', 'resolve',
+           'arguments', 'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales',
+           'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
 import contextlib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file, save as to_bytes
+from safetensors.torch import save as to_bytes
 from torch import nn
 from . import checkpoint, published, records
 from .records import BrokenOff, Parser, command_line, compiler_cache, nearest, unknown, writable
@@ -331,14 +332,21 @@ class Run:
     @property
     def scales(self): return Scales.load(self.folder/"scales.safetensors") if (self.folder/"scales.safetensors").exists() else None
     @property
-    def arrays(self): p = self.folder/"arrays.npz"; return dict(np.load(p)) if p.exists() else {}
+    def arrays(self): p = self.folder/"arrays.npz"; return records.arrays(dict(path=p)) if p.exists() else {}
 
     def model(self) -> nn.Module:
         "The trained net, in eval mode on the CPU"
         a = self.record["asked"]
         model = build_model(a["model"], a["mode"], Recipe(**a["recipe"]), in_chans=a["data"]["channels"])
-        model.load_state_dict(load_file(self.checkpoint))
+        try: model.load_state_dict(published.read(self.checkpoint))
+        except RuntimeError as e: raise ValueError(f"{self.checkpoint} does not fit the run's own net: {str(e).splitlines()[0]}. Make the run again with --restart") from None
         return model.eval()
+
+
+def finished(folder) -> Run:
+    "The finished run in `folder`. ValueError where its record is damaged."
+    try: return Run(folder.name, records.read(folder/"record.json"), folder)
+    except ValueError as e: raise ValueError(f"{e}. Make the run again with --restart (in Python: resume=False)") from None
 
 # %% ../nbs/03c_training.ipynb #3cf27ea0
 def build_folder() -> Path:
@@ -391,7 +399,7 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
         with _locked(folder) if world.first else contextlib.nullcontext():
             if world.first and not resume: _empty(folder)
             if not world.from_first((folder/"record.json").exists()): _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
-            done = Run(folder.name, world.from_first(world.first and json.loads((folder/"record.json").read_text())), folder)
+            done = Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
         if out and world.first:
             try: records.write(done.record, out, done.arrays)
             except OSError as e: raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run is kept in {folder}: call again") from None
@@ -452,7 +460,7 @@ def _locked(folder):
 
 def _empty(folder):
     for p in folder.iterdir():
-        if p.name != "lock": p.unlink()
+        if p.name != "lock": checkpoint.remove(p)
 
 # %% ../nbs/03c_training.ipynb #02a9a2b3
 def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, reinitialize=None, save_seconds=None, broken="skip") -> list:
@@ -481,7 +489,7 @@ def _in_processes(args, gpus, nodes, quiet):
     code, lines = launch(args, gpus, nodes, **({"echo": lambda line: None} if quiet else {}))
     if code: raise SystemExit(code)
     folder = build_folder()/"runs"/next(m[1] for l in reversed(lines) if (m := re.match(r"run ([0-9a-f]{10}): top-1 ", l)))
-    return Run(folder.name, json.loads((folder/"record.json").read_text()), folder)
+    return finished(folder)
 
 # %% ../nbs/03c_training.ipynb #25def27e
 def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quiet):
@@ -494,17 +502,28 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
     opt = make_optimizer(asked["optimizer"], model, recipe, scales)
     mean, move = averaging(model, recipe.ema_decay)
     state = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
-    if found := world.from_first(checkpoint.load_latest(folder, asked) if world.first else None):           # the first process finds it, and all take what it found
-        saved, path = found
+    def take(saved):
+        _check_position(saved["position"], recipe.epochs, len(data.train), world.size)
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         if "ema" in saved: mean.load_state_dict(saved["ema"])
+    if found := world.from_first(checkpoint.load_latest(folder, asked, take) if world.first else None):     # the first process finds it, and all take what it found
+        saved, path = found
+        if not world.first: take(saved)
         state = saved["position"]
         if world.first: print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
     many = f", {world.size} processes" if world.size > 1 else ""
     log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
     with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
     if world.first: _finish(folder, asked, recipe, mean, data, state)
+
+
+def _check_position(at, epochs, steps, processes) -> None:
+    "ValueError unless a checkpoint's position is a place in this run"
+    within = lambda k, most: type(at[k]) is int and 0 <= at[k] <= most
+    fits = isinstance(at, dict) and {"epoch", "index", "loss", "epochs", "means", "seconds"} <= {*at}
+    if not fits or not within("epoch", epochs) or not within("index", steps) or len(at["loss"]) != processes:
+        raise ValueError(f"its position is no place in {epochs} epochs of {steps} steps")
 
 # %% ../nbs/03c_training.ipynb #7375a20e
 def _loop(folder, asked, recipe, model, opt, average, data, state, world, save_seconds, log, stop):
@@ -607,9 +626,7 @@ def _finish(folder, asked, recipe, model, data, state):
             records.write_atomic(folder/"arrays.npz", arrays.getvalue())
         record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"], state["seconds"])
         records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
-    for _, p in checkpoint.steps(folder):
-        p.unlink()
-        p.with_suffix(".sha256").unlink(missing_ok=True)
+    for _, p in checkpoint.steps(folder): checkpoint.remove(p)
 
 # %% ../nbs/03c_training.ipynb #58b01198
 class _Progress:
