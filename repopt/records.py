@@ -57,15 +57,16 @@ def one_line(e: BaseException) -> str:
 
 
 class _Outlives:
-    "A stream that outlives its reader: what comes after the pipe was closed goes nowhere"
-    def __init__(self, stream): self.stream = stream
+    "A stream that outlives its reader: what comes after the pipe was closed goes nowhere. `lost` says where a disk was full instead."
+    def __init__(self, stream): self.stream, self.lost = stream, ""
     def __getattr__(self, name): return getattr(self.stream, name)
     def write(self, text): return self._try(self.stream.write, text)
     def flush(self): self._try(self.stream.flush)
 
     def _try(self, call, *args):
         try: return call(*args)
-        except OSError:                                                      # no reader, or a log on a full disk
+        except OSError as e:                                                 # no reader, or a log on a full disk
+            if not isinstance(e, BrokenPipeError): self.lost = e.strerror
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
@@ -89,6 +90,7 @@ def command_line(main):
             except (ValueError, OSError, ImportError) as e: code, said = 2, f"error: {one_line(e)}"
             finally:
                 if out: out.flush()
+            if out and out.lost and not said: code, said = code or 1, f"error: the work is done, its output could not be written: {out.lost}"
             if said: print(said, file=sys.stderr, flush=True)
         return code
     return ended

@@ -29,7 +29,7 @@ from . import checkpoint, published, records
 from .records import BrokenOff, Parser, command_line, compiler_cache, nearest, unknown, writable
 from .csla import CSLA
 from .data import AUGMENTS, data_root, generator, load_data
-from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
+from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, launched, requeue
 from .models import known
 from .repghost import create_model, initial_scales                      # those of `models`, with RepGhostNets too
 from .optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups
@@ -417,7 +417,7 @@ def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_
         if isinstance(n, bool) or not isinstance(n, int) or n < least: raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
     if optimizer.startswith("rep") and scales is None: raise ValueError(f"{optimizer} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
     if reinitialize and scales is None: raise ValueError("reinitialize=True needs scales")
-    each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else int(os.environ["WORLD_SIZE"]))
+    each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else launched("WORLD_SIZE", 1))
     if recipe.batch_size % each:
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
         raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {each//recipe.accumulate} processes{parts}")

@@ -46,6 +46,7 @@ from repopt.training import parameters
 
 OK, LIMIT = 0, 60                                   # seconds that a case may take
 KINDS, FIXTURES = [], {}
+SLOW = ("compiler",)                                # kinds that take minutes
 
 
 class Case(NamedTuple):
@@ -145,6 +146,26 @@ def happen(work, log, folder, env={}, seconds=LIMIT):
     return seen
 
 
+def piped(work, size, log):
+    "`work` where a file may have so many bytes; what it writes to stdout and stderr goes through pipes, which may have more"
+    pipes = [os.pipe() for _ in range(2)]
+    for number, (read, write) in enumerate(pipes, 1):
+        os.dup2(write, number)
+        os.close(write)
+        os.set_blocking(read, False)
+    kept, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), [open(n, "w", closefd=False) for n in (1, 2)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try: return work()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception): stream.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        (sys.stdout, sys.stderr) = kept
+        for stream, (read, _) in zip(kept, pipes):
+            with suppress(BlockingIOError): stream.write(os.read(read, 1 << 16).decode(errors="replace"))
+
+
 def command(words):
     "The exit code of `python -m repopt.<words>`, made in this process"
     module, *argv = shlex.split(words)
@@ -166,10 +187,10 @@ def perform(c, log, folder):
         watched.extend((x, digest(x)) for x in things)
         return things[0] if len(things) == 1 else things
     def work():
-        if c.disk: resource.setrlimit(resource.RLIMIT_FSIZE, (c.disk, c.disk))
         for m in c.without:
             for loaded in [n for n in sys.modules if n == m or n.startswith(f"{m}.")]: del sys.modules[loaded]
             sys.modules[m] = None
+        if c.disk: return piped(lambda: command(c.do.replace("$ID", found_run(folder))), c.disk, log)
         if isinstance(c.do, str): return command(c.do.replace("$ID", found_run(folder)))
         try: c.do(watch)
         finally: path.write_text(" ".join(type(x).__name__ for x, before in watched if digest(x) != before))
@@ -1252,6 +1273,34 @@ def same(a, b): assert a == b, f"{a} where {b} was right"
 
 # The machine
 
+UNABLE = {"TORCHINDUCTOR_CACHE_DIR=/proc/x": dict(TORCHINDUCTOR_CACHE_DIR="/proc/x"),
+    "TORCHINDUCTOR_CACHE_DIR of a file": dict(TORCHINDUCTOR_CACHE_DIR="a.txt"),
+    "no compiler": dict(CXX="/nonexistent/c++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")}
+
+
+def usable_cache(watch):
+    "Where torch's compiler will write"
+    records.compiler_cache()
+    import torch._inductor.codecache
+    records.writable(os.environ["TORCHINDUCTOR_CACHE_DIR"], "TORCHINDUCTOR_CACHE_DIR")
+
+
+def compile_one(watch):
+    "What a command does before it compiles, and a net of one layer"
+    from repopt.training import Recipe, compiled
+    records.compiler_cache()
+    net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
+    close([compiled(net, Recipe.load("digits"))(x)], [net(x)], 1e-6)
+
+
+@kind("compiler")
+def whole_nets_compiled():
+    "The same for a whole run: minutes, by `make test-slow`"
+    for what, env in UNABLE.items():
+        yield case(f"a net of one layer, {what}", compile_one, OK, files={"a.txt": "mine"}, env=env)
+        yield case(f"a run, {what}", "training --recipe r.yaml --set compile=true", OK, files={"r.yaml": digits(), "a.txt": "mine"}, env=env, seconds=600)
+
+
 @kind("environment")
 def environments():
     files = {"r.yaml": digits(), "a.txt": "mine"}
@@ -1269,10 +1318,8 @@ def environments():
     yield case("WORLD_SIZE=many", run, 2, "WORLD_SIZE", files=files, env=dict(WORLD_SIZE="many"))
     yield case("RANK without a world", run, (OK, 2), "RANK|WORLD", files=files, env=dict(RANK="x"))
     yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
-    for what, env in {"TORCHINDUCTOR_CACHE_DIR=/proc/x": dict(TORCHINDUCTOR_CACHE_DIR="/proc/x"),
-            "TORCHINDUCTOR_CACHE_DIR of a file": dict(TORCHINDUCTOR_CACHE_DIR="a.txt"),
-                      "no compiler": dict(CXX="/nonexistent/c++", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")}.items():
-        yield case(what, f"{run} --set compile=true", OK, files=files, env=env)
+    for what, env in UNABLE.items():
+        yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
     yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
         files=dict([put_record()]), shell=True)
     yield case("an error in a locale of ASCII",
@@ -1287,10 +1334,7 @@ def environments():
         files=files, shell=True)
     yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
         shell=True)
-    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-", 2, files=files, shell=True)
-    yield case("a working folder that is gone",
-        "mkdir d && cd d && rmdir ../d && python -m repopt.training --recipe nosuch", 2, "nosuch|folder", files=files,
-        shell=True)
+    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
     yield case("a disk that takes 100 kB a file", run, (1, 2), "safetensors|written|large|space", files=files,
         disk=100_000, also="Warning|warn")
     yield case("a disk that takes nothing", run, (1, 2), "written|large|space", files=files, disk=1,
@@ -1441,7 +1485,7 @@ def optimizers_built():
     for cls in map(rep_optimizer, (c for c in RULES if c.__name__ in COUPLED)):
         def do(watch, cls=cls): made_of(cls, watch(small()), weight_decay=.1)
         yield case(f"{cls.__name__}: coupled decay", do, ValueError, "weight_decay", "exact|decoupled")
-    for c, said in ((torch.optim.LBFGS, "LBFGS"), (torch.optim.SparseAdam, "SparseAdam"), (nn.Linear, "Linear"),
+    for c, said in ((torch.optim.Optimizer, "Optimizer.*step"), (torch.optim.LBFGS, "LBFGS"), (torch.optim.SparseAdam, "SparseAdam"), (nn.Linear, "Linear"),
             ("SGD", "SGD|class"), (None, "None|class"),
             (torch.optim.SGD([nn.Parameter(torch.ones(1))], .1), "SGD|class")):
         yield case(f"rep_optimizer of {getattr(c, '__name__', type(c).__name__)}", lambda watch, c=c: rep_optimizer(c),
@@ -1449,7 +1493,7 @@ def optimizers_built():
     for c, rule in ((torch.optim.SGD, "magic"), (torch.optim.Adafactor, "branch"), (torch.optim.Adam, "gradient")):
         yield case(f"rep_optimizer({c.__name__}, {rule!r})", lambda watch, c=c, rule=rule: rep_optimizer(c, rule),
             ValueError, f"{rule}|{c.__name__}")
-    for name, value in (("eps_form", "average"), ("differentiable", True)):
+    for name, value in (("eps_form", "average"), ("differentiable", True), ("compiled", "no")):
         yield case(f"RepAdamW({name}={value})", lambda watch, name=name,
             value=value: made_of(repopt.RepAdamW, watch(small()), **{name: value}), ValueError, name)
     def zero(watch):
@@ -1517,6 +1561,9 @@ def optimizers_used():
                 ("a list", lambda cls, opt, net: [1], "state|dict"),
                 ("without groups", lambda cls, opt, net: {k: v for k,
                 v in opt.state_dict().items() if k != "param_groups"}, "param_groups"),
+                ("whose scales are a number", lambda cls, opt, net: {**opt.state_dict(), "scales": 3}, "scales"),
+                ("whose groups are numbers", lambda cls, opt, net: {**opt.state_dict(), "param_groups": [3]}, "groups"),
+                ("whose state is a list", lambda cls, opt, net: {**opt.state_dict(), "state": [3]}, "state"),
                 ("of fewer parameters", lambda cls, opt, net: fewer(cls), "param|group|scales|name|2\\.")):
             def load(watch, used=used, state=state, cls=cls):
                 net, opt = used(watch)
@@ -1540,6 +1587,28 @@ def optimizers_used():
                 2, 3))
             close(*[stepped(made_of(cls, n), n) for n in nets])
         yield case(f"{name}: a kernel in another order of memory", strided, (OK, ValueError), "contiguous")
+
+
+@kind("optimizer used")
+def options_switched_on_later():
+    "An option whose state begins with the first step, set after it, is refused; set before, it counts"
+    for cls, option, value in ((repopt.RepAdam, "amsgrad", True), (repopt.RepAdamW, "amsgrad", True),
+            (repopt.RepRMSprop, "centered", True), (repopt.RepRMSprop, "momentum", .9),
+            *((rep_optimizer(torch.optim.Adam, way), "amsgrad", True) for way in ("explicit", "update"))):
+        def late(watch, cls=cls, option=option, value=value):
+            opt = made_of(cls, net := small())
+            stepped(opt, net, 1)
+            grads(net, 5)
+            opt.param_groups[0][option] = value
+            watch(opt).step()
+        yield case(f"{cls.__name__}: {option} switched on later", late, ValueError, f"{option}={value}", r"0\.(weight|bias)")
+        def soon(watch, cls=cls, option=option, value=value):
+            nets = [small(), small()]
+            opt = made_of(cls, nets[0])
+            opt.state_dict()
+            opt.param_groups[0][option] = value
+            close(stepped(opt, nets[0]), stepped(made_of(cls, nets[1], **{option: value}), nets[1]))
+        yield case(f"{cls.__name__}: {option} switched on before the first step", soon, OK)
 
 
 def with_state(cls):
