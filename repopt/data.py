@@ -11,7 +11,7 @@ __all__ = ['ASSETS', 'FASHION_SHA256', 'PICTURES', 'IMAGENET_MEAN', 'IMAGENET_ST
            'Data', 'load_data', 'main']
 
 # %% ../nbs/03_data.ipynb #66d38a61
-import bisect, hashlib, importlib, math, os, random, sys
+import bisect, contextlib, hashlib, importlib, math, os, random, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
