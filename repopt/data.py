@@ -11,7 +11,7 @@ __all__ = ['ASSETS', 'FASHION_SHA256', 'PICTURES', 'IMAGENET_MEAN', 'IMAGENET_ST
            'Data', 'load_data', 'main']
 
 # %% ../nbs/03_data.ipynb #66d38a61
-import bisect, hashlib, importlib, math, os, random, sys
+import bisect, contextlib, hashlib, importlib, math, os, random, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -353,6 +353,7 @@ def pack(root, to, size: int = 256, workers: int | None = None) -> dict:
     if size < 1: raise DataError(f"size={size}: the short side of a packed picture has at least one pixel")
     splits = {path.name: _unpacked(path) or Packed(path) for path in image_folders(root)}
     files = {f"{Path(to)/name}.{kind}.part": f"{Path(to)/name}.{kind}" for name in splits for kind in ("u8", "npz")}
+    made = not Path(to).exists()
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
         out = {name: _pack(folder, Path(to)/name, size, workers) for name, folder in splits.items()}
@@ -362,6 +363,8 @@ def pack(root, to, size: int = 256, workers: int | None = None) -> dict:
     finally:
         for part in files:
             if os.path.isfile(part): os.unlink(part)
+        if made:
+            with contextlib.suppress(OSError): os.rmdir(to)                   # which holds nothing where this failed
     return out
 
 

@@ -19,7 +19,7 @@ def named_branch(name: str) -> Branch:
 
     Raises ValueError for another name."""
     if name == "identity": return Identity()
-    if m := re.fullmatch(r"(conv|depthwise)((?:[_x]\d+)*)", name):
+    if m := re.fullmatch(r"(conv|depthwise)((?:[_x]\d+)*)", str(name)):
         kind = Conv if m[1] == "conv" else Depthwise
         return kind(tuple(int(k) for k in re.findall(r"\d+", m[2])) or None)
     raise ValueError(f"unknown branch {name!r}: known are conv, conv_<height>x<width>, depthwise, depthwise_<height>x<width> and identity")
@@ -41,7 +41,13 @@ def rep_branches(op: nn.Module) -> dict:
 class GradMult:
     "Eq. 3, factored: `coef[branch]` is `[O]`, applied where the branch reaches. `shape` is the kernel's; `degree` as in `Block.grad_mult`."
     def __init__(self, scales: Mapping, shape, degree: int = 1):
-        self.shape, self.degree, W = torch.Size(shape), degree, torch.empty(shape, device="meta")
+        if not isinstance(scales, Mapping) or not scales:
+            raise ValueError(f"the scales of a kernel are {{branch: tensor}}, one branch at least, not {scales!r}")
+        if wrong := [n for n, s in scales.items() if not isinstance(s, Tensor)]:
+            raise ValueError(f"scale {wrong[0]!r} is {scales[wrong[0]]!r}, not a tensor with one value per output channel")
+        try: W = torch.empty(shape, device="meta")
+        except (TypeError, RuntimeError): raise ValueError(f"shape={shape!r} is not that of a kernel") from None
+        self.shape, self.degree = W.shape, degree
         self.branches = {n: named_branch(n) for n in scales}
         self.coef = {n: a.abs()**(degree + 1) for n, a in constants(scales).items()}
         for n, b in self.branches.items():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .csla import CSLA
+from .csla import CSLA, is_module
 from .data import load_data
 from .models import create_model, to_branches
 from .records import command_line, make_record, write
@@ -152,7 +152,7 @@ def eligible(model: nn.Module, plain=()) -> tuple:
 
     Raises ValueError for kernels that are shared, lazy, quantized or sharded, and where no conv is left."""
     convs, left, owner = {}, {}, {}
-    for name, m in model.named_modules(remove_duplicate=False):
+    for name, m in is_module(model).named_modules(remove_duplicate=False):
         if type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")): raise ValueError(f"{name} is quantized ({type(m).__name__}): search on the floating point model")
         if not isinstance(m, (nn.modules.conv._ConvNd)): continue
         if isinstance(m, nn.modules.lazy.LazyModuleMixin): raise ValueError(f"{name} is lazy: run one batch through the model first, so that its shape is known")

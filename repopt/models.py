@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODES', 'FAMILIES', 'Shape', 'SE', 'ConvBlock', 'RepVGGBlock', 'fuse_norm', 'branch_kernels',
-           'reparameterize', 'Net', 'VGG', 'to_branches', 'merge', 'Family', 'create_model', 'initial_scales', 'count',
-           'kernel_distance', 'draw_block', 'figure2', 'figure1']
+           'reparameterize', 'Net', 'VGG', 'to_branches', 'merge', 'Family', 'known', 'create_model', 'initial_scales',
+           'count', 'kernel_distance', 'draw_block', 'figure2', 'figure1']
 
 # %% ../nbs/02_models.ipynb #b1492eff
 from collections.abc import Callable, Mapping
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .csla import Block, CSLA, Conv, init_
+from .csla import Block, CSLA, Conv, init_, is_module
 from .grad_mult import named_branch
-from .scales import Scales, initial, own_names
+from .records import unknown
+from .scales import Scales, check_fit, initial, own_names
 
 # %% ../nbs/02_models.ipynb #250d88b9
 @dataclass(frozen=True)
@@ -149,9 +150,11 @@ class VGG(Net):
 # %% ../nbs/02_models.ipynb #bdb7683e
 def to_branches(model: nn.Module, scales: Scales, trainable: bool = False, **kwargs) -> nn.Module:
     "Replace, in place, every conv of `model` that has `scales` by its CSLA block (`trainable`: Hyper-Search block; `kwargs` as in `CSLA`)."
-    own, blocks = {o: n for n, o in own_names([n for n, _ in model.named_parameters()], scales).items()}, {}
+    named = dict(is_module(model).named_parameters())
+    check_fit(scales, named, plain="*")
+    own, blocks = {o: n for n, o in own_names(named, scales).items()}, {}
     for p, bs in scales.items():
-        name = own.get(p, p).removesuffix(".weight")
+        name = own[p].removesuffix(".weight")
         blocks[name] = Block(model.get_submodule(name), {n: named_branch(n) for n in bs}, {n: s for n, s in bs.items() if n != "identity"})
     for name, b in blocks.items():                                          # only once every block is known to fit
         parent, _, child = name.rpartition(".")
@@ -161,7 +164,7 @@ def to_branches(model: nn.Module, scales: Scales, trainable: bool = False, **kwa
 
 def merge(model: nn.Module) -> nn.Module:
     "A copy of a CSLA or Hyper-Search model in which every block is the single conv with its equivalent kernel."
-    model = deepcopy(model)
+    model = deepcopy(is_module(model))
     for name, m in list(model.named_modules()):
         if isinstance(m, CSLA): setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m.fuse())
     return model
@@ -183,19 +186,31 @@ def _vgg(block):
 FAMILIES = dict(repoptvgg=Family(_vgg(ConvBlock), SHAPES), repvgg=Family(_vgg(RepVGGBlock), SHAPES, MODES[:1]))
 
 # %% ../nbs/02_models.ipynb #b9a1f586
+def known(name, mode: str = "target") -> tuple:
+    "(family, size) of a model's name. ValueError for an unknown one, or one that has no such mode."
+    family, _, size = str(name).removesuffix("_se").partition("_")
+    if family not in FAMILIES or size not in FAMILIES[family].sizes:
+        raise ValueError(unknown("model", name, [f"{f}_{s}" for f, kind in FAMILIES.items() for s in kind.sizes]))
+    if mode not in FAMILIES[family].modes: raise ValueError(f"{name} has its branches by construction; mode {mode!r} is for {family.replace('rep', 'repopt')}_*")
+    return family, size
+
+
+def _whole(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
+
+
 def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_chans: int = 3, strides=None, se: bool = False,
                  init: str = "msra", scales=None, folded: bool = True) -> Net:
     """A net of one of the FAMILIES: `repoptvgg_<shape>` as `target`, `csla` or `hs`, or `repvgg_<shape>`, freshly initialised (`init='msra'` or `'torch'`).
 
     `…_se` or `se=True`: SE blocks. `strides`: five numbers; an hs model keeps its identities where the *target* of this name has one, whatever strides it is given (Table 6).
     `scales` (csla, hs): `Scales`, `'ones'` or `'sqrt2l'` (default). `folded`: see `CSLA`. ValueError for what does not exist."""
-    family, _, size = name.removesuffix("_se").partition("_")
-    se = se or name.endswith("_se")
-    if family not in FAMILIES or size not in FAMILIES[family].sizes:
-        raise ValueError(f"unknown model {name!r}: there are " + ", ".join(f"{f}_{s}" for f, kind in FAMILIES.items() for s in kind.sizes))
     if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: there are {', '.join(MODES)}")
-    if mode not in FAMILIES[family].modes: raise ValueError(f"{name} has its branches by construction; mode {mode!r} is for {family.replace('rep', 'repopt')}_*")
-    if strides is not None and len(strides) != 5: raise ValueError(f"strides={tuple(strides)}: five are needed, the stem's and those of the four stages that shrink")
+    family, size = known(name, mode)
+    se = se or name.endswith("_se")
+    for k, n in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if not _whole(n): raise ValueError(f"{k}={n!r} must be a whole number, at least 1")
+    if strides is not None and (not isinstance(strides, (tuple, list)) or len(strides) != 5 or not all(map(_whole, strides))):
+        raise ValueError(f"strides={strides!r}: five numbers are needed, at least 1: the stem's and those of the four stages that shrink")
     if init not in ("msra", "torch"): raise ValueError(f"init must be 'msra' or 'torch', not {init!r}")
     model = FAMILIES[family].make(size, num_classes, in_chans, strides, se, name, "meta" if mode != "target" else None)
     for m in model.modules():
@@ -206,7 +221,8 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
 
 
 def initial_scales(name: str, how: str = "sqrt2l") -> Scales:
-    "The scales with which a search on a model begins ('ones' or 'sqrt2l'), by its name; it need not be built"
+    "The scales with which a search on a model begins ('ones' or 'sqrt2l'), by its name; it need not be built. ValueError where there is no search."
+    known(name, "hs")
     with torch.device("meta"): return create_model(name).initial_scales(how)
 
 # %% ../nbs/02_models.ipynb #7ce069c0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from .csla import CSLA, Branch, equivalent_kernel
+from .csla import CSLA, Branch, equivalent_kernel, is_module
 from .grad_mult import GradMult, constants, named_branch
 from .scales import Scales, check_fit, own_names
 
@@ -81,6 +81,11 @@ def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
     return [g for g in groups.values() if g["params"]]
 
 # %% ../nbs/01b_optim.ipynb #b59a145c
+_MARKS = ("scales_sha256", "made_by")                                        # what `_marks` puts into groups
+_o = torch.optim
+_BRINGS = {(_o.Adam, "amsgrad"): "max_exp_avg_sq", (_o.AdamW, "amsgrad"): "max_exp_avg_sq",
+           (_o.RMSprop, "centered"): "grad_avg", (_o.RMSprop, "momentum"): "momentum_buffer"}  # an option, and the state that it needs from the first step on
+
 class RepOptimizer:
     "Mixin over a torch optimizer: scales joined to parameters by name, kept by copies and checkpoints. `rule` is how kernels with scales are stepped; None: as torch does, on multiplied gradients."
     rule = torch_class = way = compiled = None
@@ -93,13 +98,13 @@ class RepOptimizer:
         self._fresh()
         own = own_names([n for g in groups for n, _ in g["params"]], self.scales)     # from here on a parameter is called as its scales are
         self._named = set(own.values())
-        return [{**g, "params": [(own[n], p) for n, p in g["params"]], "scales_sha256": self.scales.hash} for g in groups]
+        return [{**g, "params": [(own[n], p) for n, p in g["params"]], **self._marks()} for g in groups]
+
+    def _marks(self) -> dict:
+        "What a group says of its optimizer, and a state_dict with it"
+        return dict(scales_sha256=self.scales.hash, made_by=self.torch_class.__name__.lstrip("_"))
 
     def _take_scales(self, scales, plain) -> None:
-        if not isinstance(scales, Mapping) or not all(isinstance(bs, Mapping) for bs in scales.values()):
-            what = f"{type(scales).__name__}{' of something else' if isinstance(scales, Mapping) else ''}"
-            raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {what}: "
-                             "load_scales(name), Scales.initial(model), or the scales of a search")
         if not isinstance(plain, Iterable): raise ValueError(f"plain must be names or globs, not {plain!r}")
         self.scales = scales if isinstance(scales, Scales) else Scales(scales)
         self.plain = (plain,) if isinstance(plain, str) else tuple(plain)
@@ -125,7 +130,7 @@ class RepOptimizer:
         self._check_kernels(group["params"], {n for n, _ in group["params"]})
         self._check_group({**self.defaults, **group})
         began = {} if self.rule is None else self.rule.began(self.defaults)
-        super().add_param_group({**group, **began, "scales_sha256": self.scales.hash})
+        super().add_param_group({**group, **began, **self._marks()})
 
     def _check_group(self, group):
         "ValueError for options with which this rule is not exact: when a group is added, and at each step, since options may change"
@@ -155,11 +160,31 @@ class RepOptimizer:
         """One step. `closure` as in torch: called once, with gradients enabled.
 
         Raises ValueError, before anything moves, for options of a group with which the step would not be exact."""
-        for group in self.param_groups: self._check_group(group)
+        for group in self.param_groups:
+            self._check_group(group)
+            self._check_late(group)
         with torch.enable_grad(): loss = None if closure is None else closure()
+        self._check_grads()
         self._tell_quiet()
         self._advance()
         return loss
+
+    def _check_late(self, group) -> None:
+        "ValueError for an option whose state begins with a parameter's first step, and which was switched on later"
+        for (cls, option), key in _BRINGS.items():
+            if not group.get(option) or not issubclass(self.torch_class, cls): continue
+            for name, p in zip(group["param_names"], group["params"]):
+                own = self.state.get(p, {})
+                if any({*s} - {"theta"} and key not in s for s in (own.values() if _of_branches(own) else [own])):
+                    raise ValueError(f"{type(self).__name__}: {option}={group[option]} was switched on after the first step, when the state of {name} "
+                                     f"had no {key}: set it where the optimizer is built")
+
+    def _check_grads(self) -> None:
+        "ValueError for gradients of kernels that have no Grad Mult"
+        for g in self.param_groups:
+            for n, p in zip(g["param_names"], g["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided and n in self.scales:
+                    raise ValueError(f"{n} has a sparse gradient, which has no Grad Mult")
 
     def _tell_quiet(self) -> None:
         "Warn once of kernels that nobody froze and that got no gradient, while others did"
@@ -170,6 +195,11 @@ class RepOptimizer:
         self._told = True
         warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: unused, or "
                       "replaced after the optimizer was built?")
+
+
+def _of_branches(state) -> bool:
+    "Is this state of a parameter {branch: state}?"
+    return any(isinstance(v, Mapping) for v in state.values())
 
 
 def _renamed(optimizer, named) -> list:
@@ -219,6 +249,11 @@ def _checked(self, state_dict) -> dict:
     self._check_scales(state_dict)
     if not {"param_groups", "state"} <= {*state_dict}:
         raise ValueError("this is no state_dict of an optimizer: it has no state or no param_groups")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
+        raise ValueError("this state_dict is damaged: its state is not {parameter: {name: value}}")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise ValueError("this state_dict is damaged: its param_groups are not dicts with params")
     out = self._by_name({k: v for k, v in state_dict.items() if k != "scales"})
     for own, group in zip(self.param_groups, out["param_groups"]):
         if lacking := self.defaults.keys() - group.keys() - _LATER:  # what torch's classes had from the start
@@ -227,14 +262,16 @@ def _checked(self, state_dict) -> dict:
         if self.rule is not None: group |= {**self.rule.began({**own, **group}), **group}
         options = {**self.defaults, **group}
         self._check_group(options)
-        group["scales_sha256"] = self.scales.hash
+        if (made_by := group.get("made_by")) not in (None, self._marks()["made_by"]):
+            raise ValueError(f"this state_dict was not made by {type(self).__name__} but with scales on {made_by}")
+        group |= self._marks()
         for name, p, i in zip(own["param_names"], own["params"], group["params"]):
             if name in self.scales: self._check_state(name, p, out["state"].get(i, {}), options)
     return out
 
 def _check_state(self, name, p, state, group) -> None:
     "ValueError for a kernel's state that our rule cannot go on with"
-    if any(isinstance(v, Mapping) for v in state.values()):
+    if _of_branches(state):
         raise ValueError(f"this state_dict was made with explicit branches, not by {type(self).__name__}; the first "
                          f"is that of {name}")
     ours = () if self.rule is None else {*self.rule.state(group), *self.rule.per_branch}
@@ -259,7 +296,8 @@ def _check_scales(self, state_dict):
         if hashes <= {None}: raise ValueError(f"this state_dict carries no scales: it was not made by {type(self).__name__}")
         raise ValueError(f"this state_dict belongs to an optimizer with other scales: theirs have the sha256 "
                          f"{', '.join(str(h)[:10] for h in hashes)}, these {self.scales.hash[:10]}")
-    other = Scales(state_dict["scales"])
+    try: other = Scales(state_dict["scales"])
+    except ValueError as e: raise ValueError(f"this state_dict is damaged, or none of {type(self).__name__}: {e}") from None
     if other.hash == self.scales.hash: return
     one = lambda scales, p: Scales({p: scales[p]}).hash if p in scales else None
     differ = sorted(p for p in {*other, *self.scales} if one(other, p) != one(self.scales, p))
@@ -570,7 +608,6 @@ def _rule_step(self):
     for i, group in enumerate(self.param_groups):
         for name, p in zip(group["param_names"], group["params"]):
             if p.grad is None or name not in self.scales: continue
-            if p.grad.is_sparse: raise ValueError(f"{name} has a sparse gradient, which has no Grad Mult")
             ours.append((p, p.grad))
             jobs.setdefault((i, self._count(p, group)), []).append(self._view(name, p, group))
     for p, _ in ours: p.grad = None                                          # torch's own step passes them by
@@ -752,7 +789,6 @@ class _Lion(torch.optim.Optimizer):
                 m.lerp_(grad, 1 - g["betas"][1])
 
 
-_o = torch.optim
 RULES = {_o.SGD: SGD, _o.ASGD: None, _o.Adam: ADAM, _o.AdamW: ADAM, _o.NAdam: NADAM, _o.RAdam: RADAM, _o.RMSprop: RMSPROP, _o.Adagrad: ADAGRAD,
          _o.Rprop: RPROP, _o.Adamax: ADAMAX, _o.Adadelta: ADADELTA, _Lion: LION}
 REFUSED = {_o.LBFGS: "its line search and history mix all entries of all parameters, and it keeps no entrywise state that a branch could share",
@@ -767,6 +803,7 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
     'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the step does not see the gradient's size), 'explicit'."""
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
+    if cls.step is torch.optim.Optimizer.step: raise ValueError(f"{cls.__name__} has no step of its own: rep_optimizer takes a class that has one, such as torch.optim.SGD")
     if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
     if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
     way = rule or (("branch" if RULES[cls] else "gradient") if cls in RULES else "explicit")
@@ -787,6 +824,7 @@ class _Ruled(RepOptimizer):
     "What the classes of `rep_optimizer` share. `compiled`: None compiles the step of a large model; `eps_form='sum'`: Adam's cheaper, inexact form."
     def __init__(self, params, *args, scales: Mapping, plain=(), compiled: bool | None = None, eps_form: str = "branch", **kwargs):
         groups = self._bind(params, scales, plain)
+        if compiled is not None and not isinstance(compiled, bool): raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
         self.compiled = {(True, False): True, (False, True): False}.get((bool(kwargs.get("fused")), bool(kwargs.get("foreach")))) if compiled is None else compiled
         super().__init__([{"eps_form": eps_form, **g} for g in groups], *args, **kwargs)
         self.defaults["eps_form"] = eps_form                                                # of groups that come later
@@ -810,7 +848,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
     def _inner(self, group):
         "The same group with every kernel's branches in its place"
         params = [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self.thetas else [p])]
-        return {**{k: v for k, v in group.items() if k != "scales_sha256"}, "params": params}
+        return {**{k: v for k, v in group.items() if k not in _MARKS}, "params": params}
 
     def add_param_group(self, param_group):
         if len(self.param_groups) >= len(self.inner.param_groups):
@@ -851,7 +889,7 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
 
     def _advance(self):
         "Give each branch its gradient αLᵀg, let the rule step, write W = ΣαLθ"
-        for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names", "scales_sha256")})
+        for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names", *_MARKS)})
         bound = [(n, p) for n, p in self._named_params() if n in self.thetas]
         for name, p in bound:
             for theta in self.thetas[name].values(): theta.grad = None
@@ -957,7 +995,9 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_
     own = optimizer
     while not hasattr(own, "_mults") and isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer): own = own.optimizer
     if not hasattr(own, "_mults"): raise ValueError(f"{type(own).__name__} has no scales, so that torch.nn.utils.clip_grad_norm_ is exact for it: clip_grad_norm_ is for RepOptimizers")
-    if not max_norm > 0: raise ValueError(f"max_norm={max_norm} must be above 0")
+    try: above = bool(max_norm > 0)
+    except TypeError: above = False
+    if not above: raise ValueError(f"max_norm={max_norm!r} must be a number above 0")
     pairs = [(m, p.grad) for g in own.param_groups for p, m in zip(g["params"], own._mults(g)) if p.grad is not None]
     if not pairs: return torch.zeros(())
     norm = sum(_norm2(m, g) for m, g in pairs).sqrt()
@@ -992,7 +1032,7 @@ class _Branches(nn.Module):
 
 def _with_branches(net: nn.Module, opt: torch.optim.Optimizer, scales: Mapping) -> torch.optim.Optimizer:
     "Put branches for autograd into `net`, in place, and give back torch's own optimizer on them, with the options of `opt`"
-    cls, ours = opt.torch_class, ("params", "param_names", "eps_form", "rep_decay", "scales_sha256")
+    cls, ours = opt.torch_class, ("params", "param_names", "eps_form", "rep_decay", *_MARKS)
     groups = [{**{k: v for k, v in g.items() if k not in ours}, "params": list(zip(g["param_names"], g["params"]))} for g in opt.param_groups]
     options = {k: v for k, v in opt.defaults.items() if k in signature(cls).parameters}
     thetas = (opt if isinstance(opt, Explicit) else rep_optimizer(cls, "explicit")(groups, scales=scales, plain=opt.plain, **options)).thetas
@@ -1047,10 +1087,9 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
     'deviation': {parameter: relative distance from the branches}; 'yardstick': how far two runs part that start 1e-15 apart;
     'search': as `search_distance` says. Exact: at most ten times the yardstick or 1e-12, and the search copy is the same net.
     Raises ValueError for an optimizer without scales."""
-    wide = lambda t: t.double() if t.is_floating_point() else t
-    batches = [(wide(x), wide(y)) for x, y in list(batches)[:steps]]
-    if not batches: raise ValueError("no batches were given: nothing can be compared")
-    start = deepcopy(model).double().train()
+    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
+    if not callable(optimizer): raise ValueError(f"optimizer must be a function of named parameters and scales, not {optimizer!r}")
+    start, batches = deepcopy(is_module(model)).double().train(), _pairs(batches, steps)
     own = own_names([n for n, _ in start.named_parameters()], scales)
     def ours(net):
         opt = optimizer(net.named_parameters(), scales)
@@ -1065,7 +1104,10 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
             torch.manual_seed(0)
             for x, y in batches:
                 opt.zero_grad()
-                loss(net(x), y).backward()
+                try: value = loss(net(x), y)
+                except (RuntimeError, IndexError, TypeError) as e:
+                    raise ValueError(f"the model and the loss do not take a batch of {tuple(x.shape)}: {str(e).splitlines()[0]}") from e
+                value.backward()
                 opt.step()
         kernel = lambda raw: getattr(net.get_submodule(raw.rpartition(".")[0]), raw.rpartition(".")[2])
         return {raw: kernel(raw).detach() for raw, o in own.items() if o in scales}
@@ -1074,6 +1116,17 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
     finite = [all(W.norm().isfinite() for W in run.values()) for run in (branches, fast)]
     search = search_distance(start, scales, batches[0][0])
     return _judged(far(fast, branches), _worst(far(nudged, fast).values()), search, *finite)
+
+
+def _pairs(batches, steps) -> list:
+    "The first `steps` of `batches` in float64. ValueError unless they are pairs of tensors, all finite."
+    out = list(batches)[:steps]
+    if not out: raise ValueError("no batches were given: nothing can be compared")
+    for i, b in enumerate(out):
+        if not isinstance(b, (tuple, list)) or len(b) != 2 or not all(isinstance(t, Tensor) for t in b):
+            raise ValueError(f"batch {i} should be a pair (x, y) of tensors, and is {type(b).__name__}")
+        if not all(t.isfinite().all() for t in b): raise ValueError(f"batch {i} holds values that are not finite")
+    return [tuple(t.double() if t.is_floating_point() else t for t in b) for b in out]
 
 
 def _worst(distances) -> float:
@@ -1119,7 +1172,7 @@ def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain=()):
     for g in groups: new._check_group(g)
     handle = _Handle(optimizer)
     for g, own in zip(optimizer.param_groups, groups):
-        g.update(param_names=[n for n, _ in own["params"]], scales_sha256=new.scales.hash)
+        g.update(param_names=[n for n, _ in own["params"]], **new._marks())
     optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
     optimizer.__class__ = type(new)
     if "step" in vars(optimizer): optimizer.step = _eager(optimizer.step)          # a scheduler's, around torch's own
@@ -1168,6 +1221,7 @@ class _Handle:
         if not isinstance(self.optimizer, _Attached): return
         self.optimizer.__class__ = self.optimizer.torch_class
         for g, names in zip(self.optimizer.param_groups, self.names): g["param_names"] = names
-        for g in self.optimizer.param_groups: del g["scales_sha256"]
+        for g in self.optimizer.param_groups:
+            for k in _MARKS: g.pop(k, None)
         for k in ("scales", "plain", "_named", "_mult_cache", "_views", "_ages", "_compiled", "_told"):
             delattr(self.optimizer, k)

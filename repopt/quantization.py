@@ -9,7 +9,7 @@ __all__ = ['NORMS', 'SAMPLED', 'OBSERVATIONS', 'QuantizationError', 'Quantized',
            'plot_layers', 'figure3', 'figure5', 'export_int8', 'chance', 'int8_speed', 'find_run', 'main']
 
 # %% ../nbs/06_quantization.ipynb #5c0a21ed
-import contextlib, itertools, json, logging, math, operator, os, tempfile, time, warnings
+import contextlib, itertools, logging, math, operator, os, tempfile, time, warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -25,7 +25,7 @@ from .csla import CSLA
 from .data import load_data
 from .models import ConvBlock, RepVGGBlock, create_model, fuse_norm
 from .speed import interleaved, quartiles
-from .training import Recipe, Run, build_folder, evaluate, load_weights, resolve
+from .training import Recipe, Run, build_folder, evaluate, finished, load_weights, resolve
 
 # %% ../nbs/06_quantization.ipynb #2173dd96
 class QuantizationError(ValueError): "A model, a calibration set or an engine that does not allow what was asked; nothing was changed or written"
@@ -621,8 +621,8 @@ def find_run(run_id: str) -> Run:
     runs = build_folder()/"runs"
     there = sorted(p.parent.name for p in runs.glob("*/record.json"))
     if run_id not in there: raise QuantizationError(f"{unknown('finished run', run_id, there[:20] or ['none'])} in {runs}")
-    try: run = Run(run_id, json.loads((runs/run_id/"record.json").read_text()), runs/run_id)
-    except ValueError as e: raise QuantizationError(f"{runs/run_id}/record.json is damaged ({e}): make the run again with --restart") from e
+    try: run = finished(runs/run_id)
+    except ValueError as e: raise QuantizationError(str(e)) from e
     if (mode := run.record["asked"]["mode"]) != "target":
         raise QuantizationError(f"run {run_id} is {'a Hyper-Search' if mode == 'hs' else f'of mode {mode}'}, whose net is not for use: name the run of a target that was trained")
     return run

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from .csla import CSLA, equivalent_kernel, init_
+from .csla import CSLA, equivalent_kernel, init_, is_module, real
 from .grad_mult import GradMult, named_branch, rep_branches
 from .published import examine, read
 from .records import Parser, command_line
@@ -29,8 +29,10 @@ class Scales(Mapping):
     "`{parameter name: {branch name: Tensor[O]}}`, immutable; made from any such mapping. ValueError names everything that is wrong with it."
     def __init__(self, mapping: Mapping, arch: str = "", recipe: str = "", seed=None, accuracy=None, commit: str = ""):
         self.arch, self.recipe, self.seed, self.accuracy, self.commit = arch, recipe, seed, accuracy, commit
+        _nested(mapping)
         own = unwrapped(mapping)
-        self._scales = {own[p]: {n: _vector(s) for n, s in sorted(bs.items(), key=lambda ns: _order(ns[0]))} for p, bs in mapping.items()}
+        try: self._scales = {own[p]: {n: _vector(f"{p}/{n}", s) for n, s in sorted(bs.items(), key=lambda ns: _order(ns[0]))} for p, bs in mapping.items()}
+        except ValueError as e: raise ValueError(f"these scales are not usable: {e}") from None
         _raise("these scales are not usable", [e for p, bs in self._scales.items() for e in _problems(p, bs)])
 
     def __getitem__(self, parameter): return self._scales[parameter]
@@ -107,8 +109,18 @@ def natural(name: str) -> list:
 def _order(name): return (("conv", "conv_1x1", "identity").index(name) if name in ("conv", "conv_1x1", "identity") else 1.5, name)
 
 
-def _vector(s):
-    s = s.detach().cpu() if isinstance(s, Tensor) else torch.as_tensor(s, device="cpu")
+def _nested(mapping):
+    "ValueError unless `mapping` is {text: {text: …}}"
+    def wrong(x):
+        if not isinstance(x, Mapping): return type(x).__name__
+        return next((f"one with the name {n!r}" for n in x if not isinstance(n, str)), "")
+    found = wrong(mapping) or next((f"{what} for {p}" for p, branches in mapping.items() if (what := wrong(branches))), "")
+    if found: raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {found}: "
+                               "load_scales(name), Scales.load(file), Scales.initial(model), or the scales of a search")
+
+
+def _vector(name, s):
+    s = real(name, s).cpu()
     return s.contiguous().clone() if s.dtype in (torch.float32, torch.float64) else s.float().contiguous()
 
 
@@ -165,7 +177,7 @@ def initial(model: nn.Module, how: str = "sqrt2l", plain=(), arch: str = "") -> 
     "The scales with which a search on `model` starts: `'ones'` or `'sqrt2l'`. A stage is the first part of a parameter's name."
     if how not in ("ones", "sqrt2l"): raise ValueError(f"how must be 'ones' or 'sqrt2l', not {how!r}")
     out, stage, l = {}, None, 0
-    for name, m in model.named_modules():
+    for name, m in is_module(model).named_modules():
         if not isinstance(m, nn.Conv2d) or named_in(f"{name}.weight", plain): continue
         branches, first = rep_branches(m), name.split(".")[0]
         l, stage = ((0 if first != stage else l) + 1 if "identity" in branches else 0), first
@@ -229,6 +241,7 @@ def _load(path) -> Scales:
     for k, s in flat.items(): nested.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2]] = s
     try: out = Scales({p: nested[p] for p in json.loads(head["order"])}, head["arch"], head["recipe"], json.loads(head["seed"]), json.loads(head["accuracy"]), head["commit"])
     except (KeyError, TypeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is damaged: its header lacks or misspells {e}. Copy it again, or search anew") from None
+    except ValueError as e: raise ValueError(f"{path} is damaged, {e}. Copy it again, or search anew") from None
     if out.hash != head.get("sha256"): raise ValueError(f"{path} is damaged: its values have the sha256 {out.hash[:10]}…, its header says {str(head.get('sha256'))[:10]}…. Copy it again, or search anew")
     return out
 
@@ -249,7 +262,8 @@ def from_released(path, arch: str = "") -> Scales:
         else: others.append(k)
     wrong = _no_search(out, others) if others or not out else []
     _raise(f"{path} holds entries that are no scales of a RepOpt-VGG or RepOpt-GhostNet", wrong)
-    return Scales({p: out[p] for p in sorted(out, key=natural)}, arch=arch, recipe="released")
+    try: return Scales({p: out[p] for p in sorted(out, key=natural)}, arch=arch, recipe="released")
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 
 def _no_search(out, others):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMIZERS', 'FOREIGN', 'Recipe', 'load_recipe', 'changes', 'label', 'lr_at', 'make_optimizer',
            'SplitBatchNorm2d', 'split_batch_norm', 'TrainingError', 'train_step', 'averaging', 'evaluate',
-           'load_weights', 'evaluate_weights', 'Run', 'build_folder', 'build_model', 'run', 'resolve', 'arguments',
-           'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales', 'main']
+           'load_weights', 'evaluate_weights', 'Run', 'finished', 'build_folder', 'build_model', 'run', 'resolve',
+           'arguments', 'scale_means', 'compiled', 'each', 'run_all', 'given', 'parameters', 'cli', 'named_scales',
+           'main']
 
 # %% ../nbs/03c_training.ipynb #4229fa72
-import contextlib, difflib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
+import contextlib, fcntl, io, json, math, os, re, signal, tempfile, time, warnings
 from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file, save as to_bytes
+from safetensors.torch import save as to_bytes
 from torch import nn
 from . import checkpoint, published, records
-from .records import BrokenOff, Parser, command_line, compiler_cache, unknown, writable
+from .records import BrokenOff, Parser, command_line, compiler_cache, nearest, unknown, writable
 from .csla import CSLA
-from .data import AUGMENTS, generator, load_data
-from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, requeue
+from .data import AUGMENTS, data_root, generator, load_data
+from .distributed import Signals, World, averaged, buffers_of_first, die_with_parent, joined, launch, launched, requeue
+from .models import known
 from .repghost import create_model, initial_scales                      # those of `models`, with RepGhostNets too
 from .optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups
 from .scales import Scales, extract_scales
@@ -118,8 +120,8 @@ def _recipe(values, where):
 
 
 def _must_be(key, v, allowed):
-    near = difflib.get_close_matches(str(v), map(str, allowed), 1)
-    return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near[0]!r}?' if near else ''}"
+    near = nearest(v, allowed)
+    return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near!r}?' if near else ''}"
 
 
 def _typed(key, kind, v):
@@ -252,7 +254,7 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
     grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     seen = loss + 0*norm
-    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}: one is not finite")
     if recipe.clip_norm is not None:
         if isinstance(opt, RepOptimizer): clip_grad_norm_(opt, recipe.clip_norm)
         else: torch._foreach_mul_(grads, (recipe.clip_norm/(norm + 1e-6)).clamp(max=1.))
@@ -331,14 +333,21 @@ class Run:
     @property
     def scales(self): return Scales.load(self.folder/"scales.safetensors") if (self.folder/"scales.safetensors").exists() else None
     @property
-    def arrays(self): p = self.folder/"arrays.npz"; return dict(np.load(p)) if p.exists() else {}
+    def arrays(self): p = self.folder/"arrays.npz"; return records.arrays(dict(path=p)) if p.exists() else {}
 
     def model(self) -> nn.Module:
         "The trained net, in eval mode on the CPU"
         a = self.record["asked"]
         model = build_model(a["model"], a["mode"], Recipe(**a["recipe"]), in_chans=a["data"]["channels"])
-        model.load_state_dict(load_file(self.checkpoint))
+        try: model.load_state_dict(published.read(self.checkpoint))
+        except RuntimeError as e: raise ValueError(f"{self.checkpoint} does not fit the run's own net: {str(e).splitlines()[0]}. Make the run again with --restart") from None
         return model.eval()
+
+
+def finished(folder) -> Run:
+    "The finished run in `folder`. ValueError where its record is damaged."
+    try: return Run(folder.name, records.read(folder/"record.json"), folder)
+    except ValueError as e: raise ValueError(f"{e}. Make the run again with --restart (in Python: resume=False)") from None
 
 # %% ../nbs/03c_training.ipynb #3cf27ea0
 def build_folder() -> Path:
@@ -391,7 +400,7 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
         with _locked(folder) if world.first else contextlib.nullcontext():
             if world.first and not resume: _empty(folder)
             if not world.from_first((folder/"record.json").exists()): _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
-            done = Run(folder.name, world.from_first(world.first and json.loads((folder/"record.json").read_text())), folder)
+            done = Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
         if out and world.first:
             try: records.write(done.record, out, done.arrays)
             except OSError as e: raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run is kept in {folder}: call again") from None
@@ -401,13 +410,15 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
 def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken) -> float:
     "The seconds between checkpoints. ValueError for anything that no run can be asked, before a thing is made."
     if optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
+    if scales is not None and not isinstance(scales, Scales):
+        raise ValueError(f"scales must be Scales, not {type(scales).__name__}: load_scales(name), Scales.load(file), or Scales.initial(model)")
     for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
         if v not in allowed: raise ValueError(_must_be(k, v, allowed))
     for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
         if isinstance(n, bool) or not isinstance(n, int) or n < least: raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
     if optimizer.startswith("rep") and scales is None: raise ValueError(f"{optimizer} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
     if reinitialize and scales is None: raise ValueError("reinitialize=True needs scales")
-    each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else int(os.environ["WORLD_SIZE"]))
+    each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else launched("WORLD_SIZE", 1))
     if recipe.batch_size % each:
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
         raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {each//recipe.accumulate} processes{parts}")
@@ -450,7 +461,7 @@ def _locked(folder):
 
 def _empty(folder):
     for p in folder.iterdir():
-        if p.name != "lock": p.unlink()
+        if p.name != "lock": checkpoint.remove(p)
 
 # %% ../nbs/03c_training.ipynb #02a9a2b3
 def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, reinitialize=None, save_seconds=None, broken="skip") -> list:
@@ -479,7 +490,7 @@ def _in_processes(args, gpus, nodes, quiet):
     code, lines = launch(args, gpus, nodes, **({"echo": lambda line: None} if quiet else {}))
     if code: raise SystemExit(code)
     folder = build_folder()/"runs"/next(m[1] for l in reversed(lines) if (m := re.match(r"run ([0-9a-f]{10}): top-1 ", l)))
-    return Run(folder.name, json.loads((folder/"record.json").read_text()), folder)
+    return finished(folder)
 
 # %% ../nbs/03c_training.ipynb #25def27e
 def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quiet):
@@ -492,17 +503,28 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
     opt = make_optimizer(asked["optimizer"], model, recipe, scales)
     mean, move = averaging(model, recipe.ema_decay)
     state = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
-    if found := world.from_first(checkpoint.load_latest(folder, asked) if world.first else None):           # the first process finds it, and all take what it found
-        saved, path = found
+    def take(saved):
+        _check_position(saved["position"], recipe.epochs, len(data.train), world.size)
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         if "ema" in saved: mean.load_state_dict(saved["ema"])
+    if found := world.from_first(checkpoint.load_latest(folder, asked, take) if world.first else None):     # the first process finds it, and all take what it found
+        saved, path = found
+        if not world.first: take(saved)
         state = saved["position"]
         if world.first: print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
     many = f", {world.size} processes" if world.size > 1 else ""
     log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
     with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
     if world.first: _finish(folder, asked, recipe, mean, data, state)
+
+
+def _check_position(at, epochs, steps, processes) -> None:
+    "ValueError unless a checkpoint's position is a place in this run"
+    within = lambda k, most: type(at[k]) is int and 0 <= at[k] <= most
+    fits = isinstance(at, dict) and {"epoch", "index", "loss", "epochs", "means", "seconds"} <= {*at}
+    if not fits or not within("epoch", epochs) or not within("index", steps) or len(at["loss"]) != processes:
+        raise ValueError(f"its position is no place in {epochs} epochs of {steps} steps")
 
 # %% ../nbs/03c_training.ipynb #7375a20e
 def _loop(folder, asked, recipe, model, opt, average, data, state, world, save_seconds, log, stop):
@@ -605,9 +627,7 @@ def _finish(folder, asked, recipe, model, data, state):
             records.write_atomic(folder/"arrays.npz", arrays.getvalue())
         record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"], state["seconds"])
         records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
-    for _, p in checkpoint.steps(folder):
-        p.unlink()
-        p.with_suffix(".sha256").unlink(missing_ok=True)
+    for _, p in checkpoint.steps(folder): checkpoint.remove(p)
 
 # %% ../nbs/03c_training.ipynb #58b01198
 class _Progress:
@@ -677,6 +697,11 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
     p = given(namespace, names)
     if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
     p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
+    for k, kinds, says in (("resume", bool, "true or false"), ("data", str, "a folder"), ("out", str, "a folder")):
+        if not isinstance(v := getattr(p, k, None), (kinds, type(None))): raise ValueError(f"{k}={v!r} must be {says}")
+    if p.recipe.model not in FOREIGN: known(p.recipe.model)
+    if p.data: data_root(p.data)
+    if p.out: writable(Path(p.out)/"runs", "out")
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
     if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
         own, cifar = p.search is None and p.recipe.data == "digits", "cifar_ghost" if "ghost" in p.recipe.model else "cifar"
@@ -702,8 +727,8 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
     over = _overrides(a.set)
-    if a.model and over.get("model", a.model) != a.model: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
-    recipe = Recipe.load(a.recipe, **{**over, **({"model": a.model} if a.model else {})})
+    if over.get("model", a.model) != a.model and a.model is not None: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
+    recipe = Recipe.load(a.recipe, **{**over, **({} if a.model is None else {"model": a.model})})
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
 
 
@@ -716,7 +741,7 @@ def _overrides(words) -> dict:
         if k in over: raise ValueError(f"--set {k} is given twice")
         if k not in kinds: raise ValueError(f"--set {word}: {unknown('key', k, kinds)}")
         over[k] = text if k == "strides" and "," in text else _parsed(text, f"--set {word}")
-        if over[k] is None and "None" not in kinds[k]: raise ValueError(f"--set {word}: {k} must have a value")
+        if over[k] is None and ("None" not in kinds[k] or not text.strip()): raise ValueError(f"--set {word}: {k} must have a value")
     return over
 
 # %% ../nbs/03c_training.ipynb #e15e6a1b
@@ -733,7 +758,7 @@ def named_scales(name, recipe: Recipe):
 def main(argv=None) -> int:
     "Train one target. Returns the exit code."
     a, recipe, scales = cli(argv, "repopt.training", "target", "Train one net with one seed.")
-    if a.weights:
+    if a.weights is not None:
         got = evaluate_weights(a.weights, recipe, data=a.data, mode=a.mode)
         print(", ".join(f"top-{k[3:]} {v:.2f} %" for k, v in sorted(got.items()) if k != "loss"), f"loss {got['loss']:.4f}", sep=", ")
         return 0
