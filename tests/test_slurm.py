@@ -68,12 +68,12 @@ def test_the_line_of_the_dry_run_is_one_that_slurm_takes(env, tmp_path):
 
 
 def test_the_digits_graph_runs_to_the_end_though_a_job_is_preempted(env, tmp_path):
-    "The whole chain, one seed, as jobs; training is interrupted by one of a higher partition, goes on, and leaves no process behind"
+    "The whole chain, one seed and short runs, as jobs; training is interrupted by one of a higher partition, goes on, and leaves no process behind"
     home, runs = tmp_path/"repopt", tmp_path/"build"
     for f in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT/f).exists(): (home/f).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/f, home/f)
     env = {**env, "REPOPT_BUILD": str(runs), "REPOPT_SAVE_SECONDS": "0.5", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
-    graph = subprocess.Popen([sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "figures", "--config", "recipe=digits", "seeds=1", f"out={tmp_path}/figures", "--default-resources", "slurm_partition=low", "mem_mb=0", "runtime=60", "--seconds-between-status-checks", "2", "--slurm-init-seconds-before-status-checks", "2",
+    graph = subprocess.Popen([sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "figures", "--config", "recipe=digits", "seeds=1", "epochs=6", f"out={tmp_path}/figures", "--default-resources", "slurm_partition=low", "mem_mb=0", "runtime=60", "--seconds-between-status-checks", "2", "--slurm-init-seconds-before-status-checks", "2",
                               "--set-threads", "hyper_search=1", "train=1", "quantize=1", "--set-resources", "train:gres='gpu:2'"], cwd=home, env=env, stdout=open(tmp_path/"log", "w"), stderr=subprocess.STDOUT)
     said = lambda: f"{say(env, 'squeue', '-t', 'all', '-o', '%i %T %j %k')}\n{(tmp_path/'log').read_text()}"
     training = lambda: (home/"build/marks/digits/04_hyper_search.done").exists() and list(runs.glob("runs/*/step-*.sha256")) or graph.poll() is not None
