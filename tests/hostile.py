@@ -1918,6 +1918,13 @@ def images(n=32, *shape, seed=0): return torch.randn(n, *(shape or (3, 8, 8)),
         generator=torch.Generator().manual_seed(seed))
 
 
+@cache
+def quantized():
+    "One that many cases export, and leave as it is"
+    from repopt.quantization import quantize
+    return quantize(tiny(), images())
+
+
 @kind("INT8")
 def int8_inputs():
     from repopt.quantization import export_int8, quantize, quantize_aware
@@ -1965,7 +1972,7 @@ def int8_inputs():
     for what, path, *said in (("no folder", "no/such/a.onnx", "no/such"), ("a folder", "d", "d"),
             ("/dev/full/x", "/dev/full/x", "/dev/full"), ("/proc", "/proc/x.onnx", "/proc"),
             ("nothing", "", "path|place|file")):
-        yield case(f"export_int8 to {what}", lambda watch, path=path: export_int8(quantize(tiny(), x), path),
+        yield case(f"export_int8 to {what}", lambda watch, path=path: export_int8(watch(quantized()), path),
             ValueError, *said, files={"d/x": ""})
     yield case("export_int8 of a float net", lambda watch: export_int8(tiny(), "a.onnx"), ValueError, "quantize",
         "Sequential")
@@ -1974,10 +1981,10 @@ def int8_inputs():
             ("another number of channels", [(images(4, 1, 8, 8), y[:4])], "channel|shape|image"),
             ("fewer labels", [(x, y[:3])], "label"), ("words", ["a"], "image|str|pair")):
         yield case(f"export_int8 tested on {what}", lambda watch,
-            test=test: export_int8(quantize(tiny(), x), "a.onnx", test), ValueError, *said)
-    yield case("export_int8", lambda watch: same(export_int8(quantize(tiny(), x), "a.onnx", [(x, y)])["images"], 32),
+            test=test: export_int8(watch(quantized()), "a.onnx", test), ValueError, *said)
+    yield case("export_int8", lambda watch: same(export_int8(quantized(), "a.onnx", [(x, y)])["images"], 32),
         OK, may=("a.onnx",))
-    yield case("torch.save of an INT8 net", lambda watch: torch.save(quantize(tiny(), x), "a.pth"),
+    yield case("torch.save of an INT8 net", lambda watch: torch.save(quantized(), "a.pth"),
         (OK, ValueError, TypeError), "export_int8|saved|pickle", may=("a.pth",))
 
 
