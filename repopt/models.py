@@ -210,7 +210,7 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
     for k, n in (("num_classes", num_classes), ("in_chans", in_chans)):
         if not _whole(n): raise ValueError(f"{k}={n!r} must be a whole number, at least 1")
     if strides is not None and (not isinstance(strides, (tuple, list)) or len(strides) != 5 or not all(map(_whole, strides))):
-        raise ValueError(f"strides={strides!r}: five numbers are needed, at least 1: the stem's and those of the four stages that shrink")
+        raise ValueError(f"strides={strides!r}: five are needed, numbers of at least 1, the stem's and those of the four stages that shrink")
     if init not in ("msra", "torch"): raise ValueError(f"init must be 'msra' or 'torch', not {init!r}")
     model = FAMILIES[family].make(size, num_classes, in_chans, strides, se, name, "meta" if mode != "target" else None)
     for m in model.modules():
