@@ -127,7 +127,9 @@ def _batches(loader, what):
 
 
 def calibration(loader, images: int = 512, labelled: bool = False) -> list:
-    "The first `images` images of `loader`, which has labels or may have, as a list of batches on the CPU. Raises QuantizationError for fewer than 32, for several sizes, or for values that are not finite."
+    """The first `images` images of `loader`, which has labels or may have, as a list of batches on the CPU.
+
+    Raises QuantizationError for fewer than 32, for several sizes, or for values that are not finite."""
     batches, n = [], 0
     for batch in _batches(loader, "the calibration set"):
         x = _batch(batch, labelled)[0].cpu()
