@@ -84,6 +84,7 @@ def load_latest(folder, asked=None, take=lambda state: None):
 
 def _taken(take, state, path):
     try: take(state)
+    except torch.OutOfMemoryError: raise
     except Exception as e:  # what was saved by another net or optimizer can fail in any way
         raise CheckpointError(f"{path} does not fit this run: {str(e).splitlines()[0] or type(e).__name__}") from None
 
