@@ -47,7 +47,7 @@ from repopt.training import parameters
 
 OK, LIMIT = 0, 60                                   # seconds that a case may take
 KINDS, FIXTURES = [], {}
-SLOW = ("compiler",)                                # kinds that take minutes
+SLOW = ("compiler", "interpreter")                  # kinds that take minutes
 
 
 class Case(NamedTuple):
@@ -1304,6 +1304,23 @@ def whole_nets_compiled():
             files={"r.yaml": digits(), "a.txt": "mine"}, env=env, seconds=600)
 
 
+@kind("interpreter")
+def interpreters():
+    "What an interpreter's own beginning and end may spoil; each takes seconds to start, by `make test-slow`"
+    files = {"r.yaml": digits()}
+    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
+        files=dict([put_record()]), shell=True)
+    yield case("an error in a locale of ASCII",
+        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
+    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=dict([put_record()]),
+        shell=True)
+    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK,
+        files=files, shell=True)
+    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
+        shell=True)
+    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
+
+
 @kind("environment")
 def environments():
     files = {"r.yaml": digits(), "a.txt": "mine"}
@@ -1323,21 +1340,11 @@ def environments():
     yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
     for what, env in UNABLE.items():
         yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
-    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
-        files=dict([put_record()]), shell=True)
-    yield case("an error in a locale of ASCII",
-        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
     many = dict(put_record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400))
     yield case("records to a pipe that is closed", "python -m repopt.records --out out | head -n 1", OK, files=many,
         shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))
-    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=many, shell=True)
     yield case("records to a full device", "python -m repopt.records --out out > /dev/full", (1, 2),
         "error: .*(space|full)", files=many, shell=True)
-    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK,
-        files=files, shell=True)
-    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
-        shell=True)
-    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
     yield case("a disk that takes 100 kB a file", run, (1, 2), "safetensors|written|large|space", files=files,
         disk=100_000, also="Warning|warn")
     yield case("a disk that takes nothing", run, (1, 2), "written|large|space", files=files, disk=1,
