@@ -1,5 +1,5 @@
 # make test        sets up and tests every notebook and tests/
-# make test-slow   compiles whole nets where the compiler cannot work, kills runs twenty times each, in one process and in two, and leaves records
+# make test-slow   plays the slow kinds of tests/hostile.py; kills runs twenty times each, in one process and in two, and leaves records
 # make reproduce   runs the argument of the paper on digits, five seeds (or SEEDS=2), and writes figures/
 # make bench       what a RepOptimizer's step costs over torch's own, on this machine
 # make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
@@ -35,6 +35,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(ONE_THREAD) $(RUN) tests/hostile.py -k compiler
+	$(ONE_THREAD) $(RUN) tests/hostile.py -k interpreter
 	$(ONE_THREAD) $(RUN) tests/test_interrupt.py --kills 20 --out figures
 
 # exec and tied.py: where make is killed, everything behind it ends; where it is called again, runs go on from their checkpoints

@@ -52,7 +52,8 @@ def load(path, asked=None) -> dict:
     try: state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e: raise CheckpointError(f"{path} is no checkpoint that can be read as plain tensors: {str(e).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT: raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}")
-    if missing := [k for k in ("model", "optimizer", "position", "asked") if asked is not None and k not in state]: raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    if missing := [k for k in ("model", "optimizer", "position", "asked") if asked is not None and k not in state]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     if asked is not None and state["asked"] != asked:
         theirs = state["asked"] or {}
         differ = sorted(k for k in {*asked, *theirs} if asked.get(k) != theirs.get(k))
@@ -64,9 +65,10 @@ class AnotherRun(CheckpointError): "A whole checkpoint, of a run of which someth
 
 
 def load_latest(folder, asked=None, take=lambda state: None):
-    """(state, path) of the newest usable checkpoint in `folder`, with a warning where a newer one is not; None where there are none.
+    """(state, path) of the newest usable checkpoint in `folder`; None where there are none.
 
-    `take` is called with the state; one that it cannot take, by whatever error, is not usable. CheckpointError where none is."""
+    `take` is called with the state; one that it cannot take, by whatever error, is not usable. A warning names those
+    that are not usable. CheckpointError where none is."""
     wrong = []
     for _, path in steps(folder):
         try:
@@ -82,7 +84,8 @@ def load_latest(folder, asked=None, take=lambda state: None):
 
 def _taken(take, state, path):
     try: take(state)
-    except Exception as e:                                                   # what was saved by another net or optimizer can fail in any way
+    except torch.OutOfMemoryError: raise
+    except Exception as e:  # what was saved by another net or optimizer can fail in any way
         raise CheckpointError(f"{path} does not fit this run: {str(e).splitlines()[0] or type(e).__name__}") from None
 
 # %% ../nbs/03b_checkpoint.ipynb #0f83987a

@@ -162,10 +162,12 @@ class Block:
     def __init__(self, op: nn.Module, branches: Mapping, scales: Mapping = {}):
         if not isinstance(op, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)): raise ValueError(f"the target must be a Linear or a Conv, not {type(op).__name__}")
         if getattr(op, "padding_mode", "zeros") != "zeros": raise ValueError(f"padding_mode={op.padding_mode!r}: branches of other sizes agree only with zeros")
-        if nn.parameter.is_lazy(op.weight): raise ValueError(f"{op} is lazy, its kernel has no shape yet: run a batch through the net first")
+        if nn.parameter.is_lazy(op.weight):
+            raise ValueError(f"{op} is lazy, its kernel has no shape yet: run a batch through the net first")
         if not branches: raise ValueError("a block without branches: name one at least")
         if wrong := [n for n, b in branches.items() if not isinstance(b, Branch)]:
-            raise ValueError(f"branch {wrong[0]!r} is {branches[wrong[0]]!r}, not a Branch: Conv(), Depthwise(), Identity()")
+            raise ValueError(f"branch {wrong[0]!r} is {branches[wrong[0]]!r}, not a Branch: Conv(), Depthwise(), "
+                             "Identity()")
         if extra := set(scales) - set(branches): raise ValueError(f"scales for branches that do not exist: {sorted(extra)}; there are {list(branches)}")
         for b in branches.values(): b.check(op)
         self.op, self.branches = op, dict(branches)
@@ -198,7 +200,8 @@ def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Te
 def real(name: str, value) -> Tensor:
     "The scale `value` as a tensor. ValueError for text, objects, booleans and complex numbers."
     try: v = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"scale {name!r} is {str(value)[:40]!r}, and should be numbers") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"scale {name!r} is {str(value)[:40]!r}, and should be numbers") from None
     if v.is_complex() or v.dtype == torch.bool:
         raise ValueError(f"scale {name!r} is {str(v.dtype).removeprefix('torch.')}, and should be real numbers")
     return v
@@ -206,7 +209,8 @@ def real(name: str, value) -> Tensor:
 
 def is_module(model) -> nn.Module:
     "`model`, if it is a Module. ValueError otherwise."
-    if not isinstance(model, nn.Module): raise ValueError(f"the model must be a torch Module, not {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be a torch Module, not {type(model).__name__}")
     return model
 
 

@@ -74,9 +74,11 @@ def joined(timeout: float = 1800):
 
 
 def launched(name: str, default: int) -> int:
-    "The number that torch.distributed.run, or another launcher, has put into the environment. ValueError where it is none."
+    "The number that a launcher, torchrun or another, has put into the environment. ValueError where it is none."
     try: return int(os.environ.get(name, default))
-    except ValueError: raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number, as a launcher sets it: unset it, or start by torchrun") from None
+    except ValueError:
+        raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number, as a launcher sets "
+                         "it: unset it, or start by torchrun") from None
 
 
 def enough_gpus(processes: int) -> None:

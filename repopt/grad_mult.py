@@ -44,7 +44,8 @@ class GradMult:
         if not isinstance(scales, Mapping) or not scales:
             raise ValueError(f"the scales of a kernel are {{branch: tensor}}, one branch at least, not {scales!r}")
         if wrong := [n for n, s in scales.items() if not isinstance(s, Tensor)]:
-            raise ValueError(f"scale {wrong[0]!r} is {scales[wrong[0]]!r}, not a tensor with one value per output channel")
+            raise ValueError(f"scale {wrong[0]!r} is {scales[wrong[0]]!r}, not a tensor with one value per output "
+                             "channel")
         try: W = torch.empty(shape, device="meta")
         except (TypeError, RuntimeError): raise ValueError(f"shape={shape!r} is not that of a kernel") from None
         self.shape, self.degree = W.shape, degree

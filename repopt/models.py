@@ -191,7 +191,9 @@ def known(name, mode: str = "target") -> tuple:
     family, _, size = str(name).removesuffix("_se").partition("_")
     if family not in FAMILIES or size not in FAMILIES[family].sizes:
         raise ValueError(unknown("model", name, [f"{f}_{s}" for f, kind in FAMILIES.items() for s in kind.sizes]))
-    if mode not in FAMILIES[family].modes: raise ValueError(f"{name} has its branches by construction; mode {mode!r} is for {family.replace('rep', 'repopt')}_*")
+    if mode not in FAMILIES[family].modes:
+        raise ValueError(f"{name} has its branches by construction; mode {mode!r} is for "
+                         f"{family.replace('rep', 'repopt')}_*")
     return family, size
 
 
@@ -209,8 +211,9 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
     se = se or name.endswith("_se")
     for k, n in (("num_classes", num_classes), ("in_chans", in_chans)):
         if not _whole(n): raise ValueError(f"{k}={n!r} must be a whole number, at least 1")
-    if strides is not None and (not isinstance(strides, (tuple, list)) or len(strides) != 5 or not all(map(_whole, strides))):
-        raise ValueError(f"strides={strides!r}: five numbers are needed, at least 1: the stem's and those of the four stages that shrink")
+    if not (strides is None or isinstance(strides, (tuple, list)) and len(strides) == 5 and all(map(_whole, strides))):
+        raise ValueError(f"strides={strides!r}: five are needed, numbers of at least 1, the stem's and those of the "
+                         "four stages that shrink")
     if init not in ("msra", "torch"): raise ValueError(f"init must be 'msra' or 'torch', not {init!r}")
     model = FAMILIES[family].make(size, num_classes, in_chans, strides, se, name, "meta" if mode != "target" else None)
     for m in model.modules():
@@ -221,7 +224,9 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
 
 
 def initial_scales(name: str, how: str = "sqrt2l") -> Scales:
-    "The scales with which a search on a model begins ('ones' or 'sqrt2l'), by its name; it need not be built. ValueError where there is no search."
+    """The scales with which a search on a model begins ('ones' or 'sqrt2l'), by its name; it need not be built.
+
+    Raises ValueError where there is no search."""
     known(name, "hs")
     with torch.device("meta"): return create_model(name).initial_scales(how)
 

@@ -83,8 +83,9 @@ def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
 # %% ../nbs/01b_optim.ipynb #b59a145c
 _MARKS = ("scales_sha256", "made_by")                                        # what `_marks` puts into groups
 _o = torch.optim
+# an option of a class, and the state that it needs from the first step on
 _BRINGS = {(_o.Adam, "amsgrad"): "max_exp_avg_sq", (_o.AdamW, "amsgrad"): "max_exp_avg_sq",
-           (_o.RMSprop, "centered"): "grad_avg", (_o.RMSprop, "momentum"): "momentum_buffer"}  # an option, and the state that it needs from the first step on
+           (_o.RMSprop, "centered"): "grad_avg", (_o.RMSprop, "momentum"): "momentum_buffer"}
 
 class RepOptimizer:
     "Mixin over a torch optimizer: scales joined to parameters by name, kept by copies and checkpoints. `rule` is how kernels with scales are stepped; None: as torch does, on multiplied gradients."
@@ -176,8 +177,8 @@ class RepOptimizer:
             for name, p in zip(group["param_names"], group["params"]):
                 own = self.state.get(p, {})
                 if any({*s} - {"theta"} and key not in s for s in (own.values() if _of_branches(own) else [own])):
-                    raise ValueError(f"{type(self).__name__}: {option}={group[option]} was switched on after the first step, when the state of {name} "
-                                     f"had no {key}: set it where the optimizer is built")
+                    raise ValueError(f"{type(self).__name__}: {option}={group[option]} was switched on after the first "
+                                     f"step, the state of {name} has no {key}: set it where the optimizer is built")
 
     def _check_grads(self) -> None:
         "ValueError for gradients of kernels that have no Grad Mult"
@@ -297,7 +298,8 @@ def _check_scales(self, state_dict):
         raise ValueError(f"this state_dict belongs to an optimizer with other scales: theirs have the sha256 "
                          f"{', '.join(str(h)[:10] for h in hashes)}, these {self.scales.hash[:10]}")
     try: other = Scales(state_dict["scales"])
-    except ValueError as e: raise ValueError(f"this state_dict is damaged, or none of {type(self).__name__}: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"this state_dict is damaged, or none of {type(self).__name__}: {e}") from None
     if other.hash == self.scales.hash: return
     one = lambda scales, p: Scales({p: scales[p]}).hash if p in scales else None
     differ = sorted(p for p in {*other, *self.scales} if one(other, p) != one(self.scales, p))
@@ -803,7 +805,9 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
     'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the step does not see the gradient's size), 'explicit'."""
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
-    if cls.step is torch.optim.Optimizer.step: raise ValueError(f"{cls.__name__} has no step of its own: rep_optimizer takes a class that has one, such as torch.optim.SGD")
+    if cls.step is torch.optim.Optimizer.step:
+        raise ValueError(f"{cls.__name__} has no step of its own: rep_optimizer takes a class that has one, such as "
+                         "torch.optim.SGD")
     if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
     if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
     way = rule or (("branch" if RULES[cls] else "gradient") if cls in RULES else "explicit")
@@ -824,7 +828,8 @@ class _Ruled(RepOptimizer):
     "What the classes of `rep_optimizer` share. `compiled`: None compiles the step of a large model; `eps_form='sum'`: Adam's cheaper, inexact form."
     def __init__(self, params, *args, scales: Mapping, plain=(), compiled: bool | None = None, eps_form: str = "branch", **kwargs):
         groups = self._bind(params, scales, plain)
-        if compiled is not None and not isinstance(compiled, bool): raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
+        if compiled is not None and not isinstance(compiled, bool):
+            raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
         self.compiled = {(True, False): True, (False, True): False}.get((bool(kwargs.get("fused")), bool(kwargs.get("foreach")))) if compiled is None else compiled
         super().__init__([{"eps_form": eps_form, **g} for g in groups], *args, **kwargs)
         self.defaults["eps_form"] = eps_form                                                # of groups that come later
@@ -889,7 +894,8 @@ class Explicit(RepOptimizer, torch.optim.Optimizer):
 
     def _advance(self):
         "Give each branch its gradient αLᵀg, let the rule step, write W = ΣαLθ"
-        for g, i in zip(self.param_groups, self.inner.param_groups): i.update({k: v for k, v in g.items() if k not in ("params", "param_names", *_MARKS)})
+        for g, i in zip(self.param_groups, self.inner.param_groups):
+            i.update({k: v for k, v in g.items() if k not in ("params", "param_names", *_MARKS)})
         bound = [(n, p) for n, p in self._named_params() if n in self.thetas]
         for name, p in bound:
             for theta in self.thetas[name].values(): theta.grad = None
@@ -1088,7 +1094,8 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
     'search': as `search_distance` says. Exact: at most ten times the yardstick or 1e-12, and the search copy is the same net.
     Raises ValueError for an optimizer without scales."""
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
-    if not callable(optimizer): raise ValueError(f"optimizer must be a function of named parameters and scales, not {optimizer!r}")
+    if not callable(optimizer):
+        raise ValueError(f"optimizer must be a function of named parameters and scales, not {optimizer!r}")
     start, batches = deepcopy(is_module(model)).double().train(), _pairs(batches, steps)
     own = own_names([n for n, _ in start.named_parameters()], scales)
     def ours(net):
@@ -1106,7 +1113,8 @@ def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, ba
                 opt.zero_grad()
                 try: value = loss(net(x), y)
                 except (RuntimeError, IndexError, TypeError) as e:
-                    raise ValueError(f"the model and the loss do not take a batch of {tuple(x.shape)}: {str(e).splitlines()[0]}") from e
+                    raise ValueError(f"the model and the loss do not take a batch of {tuple(x.shape)}: "
+                                     f"{str(e).splitlines()[0]}") from e
                 value.backward()
                 opt.step()
         kernel = lambda raw: getattr(net.get_submodule(raw.rpartition(".")[0]), raw.rpartition(".")[2])

@@ -79,7 +79,7 @@ def _damaged(path, e):
 def weights(path) -> dict:
     "{name: tensor} of a published checkpoint, without what stands around them. ValueError where there are none, or none that could be weights."
     found = read(path)
-    for key in ("model_ema", "state_dict_ema", "model", "state_dict", "module")*2:  # twice: a checkpoint may stand in another's
+    for key in ("model_ema", "state_dict_ema", "model", "state_dict", "module")*2:  # twice: one may stand in another
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor) and isinstance(k, str)} if isinstance(found, dict) else {}
     if not tensors: raise ValueError(f"{path} holds no state dict: where it was made, save one by torch.save(model.state_dict(), FILE)")

@@ -126,11 +126,13 @@ def _batches(loader, what):
     return loader
 
 
-def calibration(loader, images: int = 512) -> list:
-    "The first `images` images of `loader` as a list of batches on the CPU. Raises QuantizationError for fewer than 32, for several sizes, or for values that are not finite."
+def calibration(loader, images: int = 512, labelled: bool = False) -> list:
+    """The first `images` images of `loader`, which has labels or may have, as a list of batches on the CPU.
+
+    Raises QuantizationError for fewer than 32, for several sizes, or for values that are not finite."""
     batches, n = [], 0
     for batch in _batches(loader, "the calibration set"):
-        x = _batch(batch)[0].cpu()
+        x = _batch(batch, labelled)[0].cpu()
         batches.append(x[:images - n]); n += len(batches[-1])
         if n >= images: break
     if n < 32: raise QuantizationError(f"{n} calibration images are too few for ranges: give at least 32")
@@ -356,7 +358,7 @@ def quantize_aware(model: nn.Module, train, epochs: int = 10, lr: float = .01, w
     check_model(model)
     if not epochs >= 1 or not 0 < lr < math.inf or isinstance(train, Mapping) or not hasattr(train, "__len__") or not len(train):
         raise QuantizationError(f"epochs={epochs}, lr={lr}: training needs an epoch, a positive rate, and batches with a length")
-    quantizer, batches = _quantizer(weights, qat=True), calibration(train, images)
+    quantizer, batches = _quantizer(weights, qat=True), calibration(train, images, labelled=True)
     device = device or next(model.parameters(), batches[0]).device
     tuned, graph = _tune_quantized(model, train, epochs, lr, quantizer, batches[0], device)
     how = f"torchao pt2e X86 QAT, {epochs} epochs, lr {lr:g}; weights int8 {weights} symmetric, activations uint8, moving min-max"

@@ -57,7 +57,7 @@ def one_line(e: BaseException) -> str:
 
 
 class _Outlives:
-    "A stream that outlives its reader: what comes after the pipe was closed goes nowhere. `lost` says where a disk was full instead."
+    "A stream that outlives its reader: what comes after the pipe was closed goes nowhere. `lost`: why else it did"
     def __init__(self, stream): self.stream, self.lost = stream, ""
     def __getattr__(self, name): return getattr(self.stream, name)
     def write(self, text): return self._try(self.stream.write, text)
@@ -90,7 +90,8 @@ def command_line(main):
             except (ValueError, OSError, ImportError) as e: code, said = 2, f"error: {one_line(e)}"
             finally:
                 if out: out.flush()
-            if out and out.lost and not said: code, said = code or 1, f"error: the work is done, its output could not be written: {out.lost}"
+            if out and out.lost and not said:
+                code, said = code or 1, f"error: the work is done, its output could not be written: {out.lost}"
             if said: print(said, file=sys.stderr, flush=True)
         return code
     return ended
@@ -103,7 +104,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else [*map(str, args)]
-        if "" in words: self.error(f"an empty word was given after {words[words.index('') - 1] if words.index('') else self.prog}")
+        for before, word in zip([self.prog, *words], words):
+            if not word: self.error(f"an empty word was given after {before}")
         return super().parse_args(words, namespace)
 
 # %% ../nbs/03a_records.ipynb #5c0a1e04
@@ -111,7 +113,8 @@ def unknown(what: str, name, names) -> str:
     "'unknown <what> <name>, did you mean …? There are …'"
     names = list(map(str, names))
     near = nearest(name, names)
-    return f"unknown {what} {str(name)!r}{f', did you mean {near!r}? There' if near else ': there'} are {', '.join(names)}"
+    there = f", did you mean {near!r}? There" if near else ": there"
+    return f"unknown {what} {str(name)!r}{there} are {', '.join(names)}"
 
 
 def nearest(name, names) -> str:
@@ -232,7 +235,8 @@ def lookup(record: dict, key: str):
 def load(path) -> dict:
     "The record in the file `path`, whose name is its own, and `path` besides. ValueError names the file that is none."
     record, path = read(path), Path(path)
-    if path.name != file_name(record): raise ValueError(f"{path} is not a record: its name would be {file_name(record)}: a copy counts once, remove it")
+    if path.name != (own := file_name(record)):
+        raise ValueError(f"{path} is not a record: its name would be {own}: a copy counts once, remove it")
     return {**record, "path": str(path)}
 
 
@@ -279,7 +283,8 @@ def find(experiment: str, out="figures", **asked) -> list:
 def mean_std(values) -> tuple:
     "(mean, sample standard deviation or None, n) of what is not None. ValueError for anything but finite numbers."
     found = [x for x in values if x is not None]
-    if wrong := [x for x in found if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.number)) or not np.isfinite(x)]:
+    number = lambda x: isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and np.isfinite(x)
+    if wrong := [x for x in found if not number(x)]:
         raise ValueError(f"{wrong[0]!r} is no finite number: there is no mean of it")
     v = np.asarray(found, float)
     return (float(v.mean()) if len(v) else None), (float(v.std(ddof=1)) if len(v) > 1 else None), len(v)

@@ -31,7 +31,8 @@ class Scales(Mapping):
         self.arch, self.recipe, self.seed, self.accuracy, self.commit = arch, recipe, seed, accuracy, commit
         _nested(mapping)
         own = unwrapped(mapping)
-        try: self._scales = {own[p]: {n: _vector(f"{p}/{n}", s) for n, s in sorted(bs.items(), key=lambda ns: _order(ns[0]))} for p, bs in mapping.items()}
+        in_order = lambda bs: sorted(bs.items(), key=lambda ns: _order(ns[0]))
+        try: self._scales = {own[p]: {n: _vector(f"{p}/{n}", s) for n, s in in_order(bs)} for p, bs in mapping.items()}
         except ValueError as e: raise ValueError(f"these scales are not usable: {e}") from None
         _raise("these scales are not usable", [e for p, bs in self._scales.items() for e in _problems(p, bs)])
 
@@ -114,7 +115,7 @@ def _nested(mapping):
     def wrong(x):
         if not isinstance(x, Mapping): return type(x).__name__
         return next((f"one with the name {n!r}" for n in x if not isinstance(n, str)), "")
-    found = wrong(mapping) or next((f"{what} for {p}" for p, branches in mapping.items() if (what := wrong(branches))), "")
+    found = wrong(mapping) or next((f"{what} for {p}" for p, bs in mapping.items() if (what := wrong(bs))), "")
     if found: raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {found}: "
                                "load_scales(name), Scales.load(file), Scales.initial(model), or the scales of a search")
 

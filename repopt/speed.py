@@ -508,7 +508,8 @@ def arguments(argv=None):
     a.train, a.models, a.precision, a.compiled, a.sizes = many(a.train), many(a.models), many(a.precision), many(a.compiled), [_whole("--size", s) for s in many(a.size)]
     a.batches = [b if b == "max" else _whole("--batch", b) for b in many(a.batch)]; a.infer = list(TABLE3) if a.infer == "table3" else many(a.infer)
     if not (a.train or a.infer or a.optimizers): raise ValueError("--train and --infer name nothing")
-    if bad := [m for m in a.train + a.models + a.compiled if m not in SHAPES]: raise ValueError(records.unknown("shape", bad[0], SHAPES))
+    if bad := [m for m in a.train + a.models + a.compiled if m not in SHAPES]:
+        raise ValueError(records.unknown("shape", bad[0], SHAPES))
     if not (a.sizes and a.batches and a.precision): raise ValueError("--size, --batch and --precision each need a value at least")
     if a.infer_batch is not None: _whole("--infer-batch", a.infer_batch)
     for k, v in (("--minutes", a.minutes), ("--memory-cap", a.memory_cap)):

@@ -254,7 +254,8 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
     grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     seen = loss + 0*norm
-    if check and not seen.isfinite(): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}: one is not finite")
+    if check and not seen.isfinite():
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}: one is not finite")
     if recipe.clip_norm is not None:
         if isinstance(opt, RepOptimizer): clip_grad_norm_(opt, recipe.clip_norm)
         else: torch._foreach_mul_(grads, (recipe.clip_norm/(norm + 1e-6)).clamp(max=1.))
@@ -340,14 +341,17 @@ class Run:
         a = self.record["asked"]
         model = build_model(a["model"], a["mode"], Recipe(**a["recipe"]), in_chans=a["data"]["channels"])
         try: model.load_state_dict(published.read(self.checkpoint))
-        except RuntimeError as e: raise ValueError(f"{self.checkpoint} does not fit the run's own net: {str(e).splitlines()[0]}. Make the run again with --restart") from None
+        except RuntimeError as e:
+            raise ValueError(f"{self.checkpoint} does not fit the run's own net: {str(e).splitlines()[0]}. "
+                             "Make the run again with --restart") from None
         return model.eval()
 
 
 def finished(folder) -> Run:
     "The finished run in `folder`. ValueError where its record is damaged."
     try: return Run(folder.name, records.read(folder/"record.json"), folder)
-    except ValueError as e: raise ValueError(f"{e}. Make the run again with --restart (in Python: resume=False)") from None
+    except ValueError as e:
+        raise ValueError(f"{e}. Make the run again with --restart (in Python: resume=False)") from None
 
 # %% ../nbs/03c_training.ipynb #3cf27ea0
 def build_folder() -> Path:
@@ -411,7 +415,8 @@ def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_
     "The seconds between checkpoints. ValueError for anything that no run can be asked, before a thing is made."
     if optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
     if scales is not None and not isinstance(scales, Scales):
-        raise ValueError(f"scales must be Scales, not {type(scales).__name__}: load_scales(name), Scales.load(file), or Scales.initial(model)")
+        raise ValueError(f"scales must be Scales, not {type(scales).__name__}: load_scales(name), Scales.load(file), "
+                         "or Scales.initial(model)")
     for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
         if v not in allowed: raise ValueError(_must_be(k, v, allowed))
     for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
@@ -508,7 +513,8 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         if "ema" in saved: mean.load_state_dict(saved["ema"])
-    if found := world.from_first(checkpoint.load_latest(folder, asked, take) if world.first else None):     # the first process finds it, and all take what it found
+    # the first process finds it, and all take what it found
+    if found := world.from_first(checkpoint.load_latest(folder, asked, take) if world.first else None):
         saved, path = found
         if not world.first: take(saved)
         state = saved["position"]
@@ -727,7 +733,8 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
     over = _overrides(a.set)
-    if over.get("model", a.model) != a.model and a.model is not None: raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
+    if a.model is not None and over.get("model", a.model) != a.model:
+        raise ValueError(f"--model {a.model} and --set model={over['model']} are not the same")
     recipe = Recipe.load(a.recipe, **{**over, **({} if a.model is None else {"model": a.model})})
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
 
@@ -741,7 +748,8 @@ def _overrides(words) -> dict:
         if k in over: raise ValueError(f"--set {k} is given twice")
         if k not in kinds: raise ValueError(f"--set {word}: {unknown('key', k, kinds)}")
         over[k] = text if k == "strides" and "," in text else _parsed(text, f"--set {word}")
-        if over[k] is None and ("None" not in kinds[k] or not text.strip()): raise ValueError(f"--set {word}: {k} must have a value")
+        if over[k] is None and ("None" not in kinds[k] or not text.strip()):
+            raise ValueError(f"--set {word}: {k} must have a value")
     return over
 
 # %% ../nbs/03c_training.ipynb #e15e6a1b

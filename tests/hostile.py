@@ -1,12 +1,13 @@
 """Input that no program wants and every program gets: damaged files, impossible values, wrong objects, untidy folders, full disks.
 
-`python tests/hostile.py` gives every case its own folder, and holds what happens against what should: an error that says what was wrong,
-where and what to do, with exit code 2 (in Python a ValueError), or the work done right. Either way no file but those of the build folder
-may have changed. It prints the counts by kind, and ends with '0 tracebacks, 0 silent acceptances' or a list. `tests/test_hostile.py` plays
-them in pytest.
+`python tests/hostile.py` gives every case its own folder, and holds what happens against what should: an error that
+says what was wrong, where and what to do, with exit code 2 (in Python a ValueError), or the work done right. Either way
+no file but those of the build folder may have changed. It prints the counts by kind, and ends with '0 tracebacks, 0
+silent acceptances' or a list. `tests/test_hostile.py` plays them in pytest.
 
-The cases of a kind share a forked process, one after the other; where one ends it, by a crash or by taking too long, the next ones go on in
-another. A case that changes a process for good (a disk that is full, a package that is missing, the environment) has one of its own.
+The cases of a kind share a forked process, one after the other; where one ends it, by a crash or by taking too long,
+the next ones go on in another. A case that changes a process for good (a disk that is full, a package that is missing,
+the environment) has one of its own.
 
     python tests/hostile.py --list          what there is
     python tests/hostile.py -k scales       one kind, or the cases whose name holds the word
@@ -17,8 +18,8 @@ code, the exception, or several of either, `OK` for work that must be done; `wor
 in the folder before. An error on a command line is one line `error: …`, under which a list may be indented; argparse's own errors, of an
 option that does not exist or holds no number, are as it writes them: the usage, and a line `python -m …: error: …`.
 """
-import argparse, atexit, hashlib, importlib, io, json, os, pickle, re, resource, shlex, shutil, signal, struct, subprocess, sys
-import tempfile, time, traceback, warnings, zipfile
+import argparse, atexit, hashlib, importlib, io, json, os, pickle, re, resource, shlex, shutil, signal, struct
+import subprocess, sys, tempfile, time, traceback, warnings, zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,7 +47,7 @@ from repopt.training import parameters
 
 OK, LIMIT = 0, 60                                   # seconds that a case may take
 KINDS, FIXTURES = [], {}
-SLOW = ("compiler",)                                # kinds that take minutes
+SLOW = ("compiler", "interpreter")                  # kinds that take minutes
 
 
 class Case(NamedTuple):
@@ -124,7 +125,8 @@ def forked(work, log, folder=".", env={}, seconds=LIMIT):
 
 def happen(work, log, folder, env={}, seconds=LIMIT):
     "Do `work` in this process, in `folder`, what it writes in files beside `log`. As `forked` says."
-    streams, before, seen = [open(log.with_suffix(s), "w", encoding="utf-8") for s in (".out", ".err")], {**os.environ}, {}
+    streams = [open(log.with_suffix(s), "w", encoding="utf-8") for s in (".out", ".err")]
+    before, seen = {**os.environ}, {}
     for number, stream in enumerate(streams, 1): os.dup2(stream.fileno(), number)
     kept, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), streams
     os.chdir(folder)
@@ -147,7 +149,7 @@ def happen(work, log, folder, env={}, seconds=LIMIT):
 
 
 def piped(work, size, log):
-    "`work` where a file may have so many bytes; what it writes to stdout and stderr goes through pipes, which may have more"
+    "`work` where a file may have so many bytes; stdout and stderr are pipes, which may have more"
     pipes = [os.pipe() for _ in range(2)]
     for number, (read, write) in enumerate(pipes, 1):
         os.dup2(write, number)
@@ -1298,7 +1300,25 @@ def whole_nets_compiled():
     "The same for a whole run: minutes, by `make test-slow`"
     for what, env in UNABLE.items():
         yield case(f"a net of one layer, {what}", compile_one, OK, files={"a.txt": "mine"}, env=env)
-        yield case(f"a run, {what}", "training --recipe r.yaml --set compile=true", OK, files={"r.yaml": digits(), "a.txt": "mine"}, env=env, seconds=600)
+        yield case(f"a run, {what}", "training --recipe r.yaml --set compile=true", OK,
+            files={"r.yaml": digits(), "a.txt": "mine"}, env=env, seconds=600)
+
+
+@kind("interpreter")
+def interpreters():
+    "What an interpreter's own beginning and end may spoil; each takes seconds to start, by `make test-slow`"
+    files = {"r.yaml": digits()}
+    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
+        files=dict([put_record()]), shell=True)
+    yield case("an error in a locale of ASCII",
+        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
+    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=dict([put_record()]),
+        shell=True)
+    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK,
+        files=files, shell=True)
+    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
+        shell=True)
+    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
 
 
 @kind("environment")
@@ -1320,21 +1340,11 @@ def environments():
     yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
     for what, env in UNABLE.items():
         yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
-    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
-        files=dict([put_record()]), shell=True)
-    yield case("an error in a locale of ASCII",
-        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
     many = dict(put_record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400))
     yield case("records to a pipe that is closed", "python -m repopt.records --out out | head -n 1", OK, files=many,
         shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))
-    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=many, shell=True)
     yield case("records to a full device", "python -m repopt.records --out out > /dev/full", (1, 2),
         "error: .*(space|full)", files=many, shell=True)
-    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK,
-        files=files, shell=True)
-    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
-        shell=True)
-    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
     yield case("a disk that takes 100 kB a file", run, (1, 2), "safetensors|written|large|space", files=files,
         disk=100_000, also="Warning|warn")
     yield case("a disk that takes nothing", run, (1, 2), "written|large|space", files=files, disk=1,
@@ -1485,7 +1495,8 @@ def optimizers_built():
     for cls in map(rep_optimizer, (c for c in RULES if c.__name__ in COUPLED)):
         def do(watch, cls=cls): made_of(cls, watch(small()), weight_decay=.1)
         yield case(f"{cls.__name__}: coupled decay", do, ValueError, "weight_decay", "exact|decoupled")
-    for c, said in ((torch.optim.Optimizer, "Optimizer.*step"), (torch.optim.LBFGS, "LBFGS"), (torch.optim.SparseAdam, "SparseAdam"), (nn.Linear, "Linear"),
+    for c, said in ((torch.optim.Optimizer, "Optimizer.*step"),
+            (torch.optim.LBFGS, "LBFGS"), (torch.optim.SparseAdam, "SparseAdam"), (nn.Linear, "Linear"),
             ("SGD", "SGD|class"), (None, "None|class"),
             (torch.optim.SGD([nn.Parameter(torch.ones(1))], .1), "SGD|class")):
         yield case(f"rep_optimizer of {getattr(c, '__name__', type(c).__name__)}", lambda watch, c=c: rep_optimizer(c),
@@ -1578,7 +1589,8 @@ def optimizers_used():
             pairs = [*nets[1].named_parameters()]
             second = cls(pairs[::-1], **{**TEXTBOOK.get(cls.torch_class.__name__, {}), "scales": small_scales()})
             second.load_state_dict(deepcopy(first.state_dict()))
-            close(stepped(second, nets[1]), stepped(first, nets[0]), 1e-9 if "NAdam" in cls.__name__ else 1e-12)  # torch's NAdam keeps a product in float32
+            apart = 1e-9 if "NAdam" in cls.__name__ else 1e-12               # torch's keeps a product in float32
+            close(stepped(second, nets[1]), stepped(first, nets[0]), apart)
         yield case(f"{name}: a state in another order goes by names, or is refused", reordered, (OK, ValueError),
             "order|name")
         def strided(watch, cls=cls):
@@ -1601,7 +1613,8 @@ def options_switched_on_later():
             grads(net, 5)
             opt.param_groups[0][option] = value
             watch(opt).step()
-        yield case(f"{cls.__name__}: {option} switched on later", late, ValueError, f"{option}={value}", r"0\.(weight|bias)")
+        yield case(f"{cls.__name__}: {option} switched on later", late, ValueError, f"{option}={value}",
+            r"0\.(weight|bias)")
         def soon(watch, cls=cls, option=option, value=value):
             nets = [small(), small()]
             opt = made_of(cls, nets[0])
@@ -1817,8 +1830,9 @@ def library():
                               torch.zeros(2, dtype=torch.long))]*3), "finite|nan"),
                               ("no scales", dict(scales={}), "scales")):
         yield case(f"check_equivalence with {what}", doctor(**more), ValueError, *said)
-    yield case("check_equivalence with an explicit optimizer", doctor(optimizer=lambda p, s: rep_optimizer(torch.optim.SGD,
-        "explicit")(p, lr=.01, scales=s)), OK)
+    explicit = rep_optimizer(torch.optim.SGD, "explicit")
+    yield case("check_equivalence with an explicit optimizer", doctor(optimizer=lambda p, s: explicit(p, lr=.01,
+        scales=s)), OK)
     for what, net, exit, *said in (("nothing to merge", small, OK, ""),
             ("None", lambda: None, (ValueError, TypeError), "None|Module|model")):
         yield case(f"merge of {what}", lambda watch, net=net: merge(net()), exit, *said)
@@ -1918,6 +1932,13 @@ def images(n=32, *shape, seed=0): return torch.randn(n, *(shape or (3, 8, 8)),
         generator=torch.Generator().manual_seed(seed))
 
 
+@cache
+def quantized():
+    "One that many cases export, and leave as it is"
+    from repopt.quantization import quantize
+    return quantize(tiny(), images())
+
+
 @kind("INT8")
 def int8_inputs():
     from repopt.quantization import export_int8, quantize, quantize_aware
@@ -1965,7 +1986,7 @@ def int8_inputs():
     for what, path, *said in (("no folder", "no/such/a.onnx", "no/such"), ("a folder", "d", "d"),
             ("/dev/full/x", "/dev/full/x", "/dev/full"), ("/proc", "/proc/x.onnx", "/proc"),
             ("nothing", "", "path|place|file")):
-        yield case(f"export_int8 to {what}", lambda watch, path=path: export_int8(quantize(tiny(), x), path),
+        yield case(f"export_int8 to {what}", lambda watch, path=path: export_int8(watch(quantized()), path),
             ValueError, *said, files={"d/x": ""})
     yield case("export_int8 of a float net", lambda watch: export_int8(tiny(), "a.onnx"), ValueError, "quantize",
         "Sequential")
@@ -1974,10 +1995,10 @@ def int8_inputs():
             ("another number of channels", [(images(4, 1, 8, 8), y[:4])], "channel|shape|image"),
             ("fewer labels", [(x, y[:3])], "label"), ("words", ["a"], "image|str|pair")):
         yield case(f"export_int8 tested on {what}", lambda watch,
-            test=test: export_int8(quantize(tiny(), x), "a.onnx", test), ValueError, *said)
-    yield case("export_int8", lambda watch: same(export_int8(quantize(tiny(), x), "a.onnx", [(x, y)])["images"], 32),
+            test=test: export_int8(watch(quantized()), "a.onnx", test), ValueError, *said)
+    yield case("export_int8", lambda watch: same(export_int8(quantized(), "a.onnx", [(x, y)])["images"], 32),
         OK, may=("a.onnx",))
-    yield case("torch.save of an INT8 net", lambda watch: torch.save(quantize(tiny(), x), "a.pth"),
+    yield case("torch.save of an INT8 net", lambda watch: torch.save(quantized(), "a.pth"),
         (OK, ValueError, TypeError), "export_int8|saved|pickle", may=("a.pth",))
 
 
@@ -2057,7 +2078,8 @@ def main(argv=None) -> int:
     return 1 if wrong or not total else 0
 
 
-PACKAGES = ("sklearn.datasets", "torchvision.datasets", "torchao.quantization.pt2e.quantize_pt2e", "repopt.quantization")
+PACKAGES = ("sklearn.datasets", "torchvision.datasets", "torchao.quantization.pt2e.quantize_pt2e",
+    "repopt.quantization")
 SCRATCH = Path(tempfile.mkdtemp(prefix="hostile-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 torch.set_num_threads(1)
