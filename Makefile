@@ -12,7 +12,7 @@ JOBS   ?= 2
 SEEDS  ?= 5
 EPOCHS ?=
 # not what papermill was told to write there
-NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb) nbs/index.ipynb
+NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb) $(wildcard nbs/lab/[a-z]_*.ipynb) nbs/index.ipynb
 # programs are given to Python by name: the first line of a script cannot hold the path of every folder
 RUN    := $(BIN)/python
 # two notebooks or runs at a time, one thread each: on a small net a second thread costs more than it gives
@@ -44,10 +44,10 @@ reproduce: $(READY)
 	    --config seeds=$(SEEDS) $(if $(EPOCHS),epochs=$(EPOCHS))
 
 bench: $(READY)
-	$(RUN) -m repopt.speed --optimizers --models b1,l2 --out figures
+	$(RUN) -m repopt speed --optimizers --models b1,l2 --out figures
 
 notebooks: $(READY)
-	$(RUN) $(BIN)/nbdev_export --file_re '^(\d.*|index)\.ipynb$$'
+	$(RUN) $(BIN)/nbdev_export --file_re '^(\d.*|[a-z]_.*|index)\.ipynb$$'
 	$(ONE_THREAD) $(RUN) -m nbconvert --log-level WARN --to notebook --execute --inplace $(NOTEBOOKS)
 	$(RUN) $(BIN)/nbdev_clean
 	$(MAKE) README.md
@@ -61,4 +61,4 @@ lab: $(READY)
 	$(RUN) -m jupyterlab nbs
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .snakemake nbs/.ipynb_checkpoints
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .snakemake nbs/.ipynb_checkpoints nbs/lab/.ipynb_checkpoints

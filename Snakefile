@@ -41,7 +41,8 @@ def hold():
 
 
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
-FLOORS = "records published csla grad_mult scales models optim repghost data checkpoint distributed training speed plan".split()
+FLOORS = ("published csla grad_mult scales models optim repghost search __main__ "
+          "lab/records lab/data lab/checkpoint lab/distributed lab/recipes lab/training lab/runs lab/speed lab/plan lab/cli").split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
@@ -85,7 +86,7 @@ rule figures:
 
 
 rule hyper_search:
-    input: recipes, modules("hyper_search"), notebook="nbs/04_hyper_search.ipynb"
+    input: recipes, modules("lab/hyper_search"), notebook="nbs/04_hyper_search.ipynb"
     output: touch("build/marks/{recipe}/04_hyper_search.done")
     log: "build/notebooks/{recipe}/04_hyper_search.ipynb"
     params: notebook="04_hyper_search", asked=searching, common=COMMON
@@ -103,7 +104,7 @@ rule train:
 
 
 rule quantize:
-    input: recipes, modules("quantization"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
+    input: recipes, modules("quantization", "lab/int8"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
     params: notebook="06_quantization", asked=training, common=COMMON
@@ -112,7 +113,7 @@ rule quantize:
 
 
 rule paper:
-    input: recipes, modules("hyper_search", "quantization", "report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
+    input: recipes, modules("lab/hyper_search", "quantization", "lab/int8", "lab/report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
     params: notebook="07_paper", asked=telling, common=COMMON

@@ -1,7 +1,7 @@
 """Everything that packaging needs to know is in settings.ini, which nbdev reads too."""
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     author=cfg["author"],
     keywords=cfg["keywords"].split(),
-    packages=["repopt"],
+    packages=find_packages(include=["repopt", "repopt.*"]),
     package_data={"repopt": ["assets/recipes/*.yaml", "assets/scales/*", "assets/paper/*.csv", "assets/data/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),

@@ -11,8 +11,9 @@ _HOME = {name: module for module, names in {
              "attach check_equivalence clip_grad_norm_ param_groups rep_optimizer",
     "models": "merge to_branches",
     "repghost": "create_model initial_scales",                               # those of models, with every family of nets
-    "training": "Recipe Run run run_all",
-    "hyper_search": "eligible search to_hyper_search",
+    "lab.recipes": "Recipe",
+    "lab.runs": "Run run run_all",
+    "search": "eligible to_hyper_search",
     "quantization": "export_int8 quantize quantize_aware",
 }.items() for name in names.split()}
 
@@ -20,7 +21,7 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name):
-    "Names are found in their module when they are first used, so that `import repopt` costs nothing and `python -m repopt.…` runs cleanly."
+    "Names are found in their module when they are first used, so that `import repopt` costs nothing and `python -m repopt …` runs cleanly."
     if name not in _HOME: raise AttributeError(f"module 'repopt' has no attribute {name!r}")
     return getattr(import_module(f"repopt.{_HOME[name]}"), name)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from .csla import Block, CSLA, Conv, init_, is_module
 from .grad_mult import named_branch
-from .records import unknown
+from .published import unknown
 from .scales import Scales, check_fit, initial, own_names
 
 # %% ../nbs/02_models.ipynb #250d88b9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'Scales', 'strip_prefix', 'unwrapped', 'own_names', 'natural', 'named_in', 'check_fit', 'initial',
-           'reinitialize_', 'from_released', 'read_scales', 'main', 'load_scales', 'extract_scales']
+           'reinitialize_', 'from_released', 'read_scales', 'load_scales', 'extract_scales']
 
 # %% ../nbs/01a_scales.ipynb #0084b5dd
 import hashlib, json, os, re
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .csla import CSLA, equivalent_kernel, init_, is_module, real
 from .grad_mult import GradMult, named_branch, rep_branches
 from .published import examine, read
-from .records import Parser, command_line
 
 # %% ../nbs/01a_scales.ipynb #a756729e
 class Scales(Mapping):
@@ -237,7 +236,7 @@ def _load(path) -> Scales:
         with safe_open(path, "pt") as f: head, flat = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError, KeyError) as e: raise ValueError(f"{path} is not a scales file (safetensors): {e}. For the authors' .pth files there is Scales.from_released") from None
     if head.get("format") != "1" or not all("/" in k for k in flat):
-        raise ValueError(f"{path} is not a scales file of format 1 (its header: {head}): scales are written by Scales.save, or from the authors' .pth by python -m repopt.scales convert IN OUT")
+        raise ValueError(f"{path} is not a scales file of format 1 (its header: {head}): scales are written by Scales.save, or from the authors' .pth by python -m repopt scales convert IN OUT")
     nested = {}
     for k, s in flat.items(): nested.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2]] = s
     try: out = Scales({p: nested[p] for p in json.loads(head["order"])}, head["arch"], head["recipe"], json.loads(head["seed"]), json.loads(head["accuracy"]), head["commit"])
@@ -283,24 +282,6 @@ def read_scales(path, arch: str = "") -> Scales:
     with open(path, "rb") as f: begin = f.read(9)
     return from_released(path, arch) if begin[:2] in (b"PK", b"\x80\x02") or path.suffix in (".pth", ".pt") else Scales.load(path)
 
-
-@command_line
-def main(argv=None) -> int:
-    "`convert IN OUT [--arch NAME]`: the authors' scales as a file of ours. Returns the exit code."
-    p = Parser(prog="python -m repopt.scales", description="Files of scales.")
-    convert = p.add_subparsers(required=True, metavar="convert").add_parser("convert", help="write the scales of any file that can be read as a file of ours")
-    convert.add_argument("source", metavar="IN", help="the authors' *scales.pth, a checkpoint of their Hyper-Search, or a file of ours")
-    convert.add_argument("to", metavar="OUT", help="*.safetensors")
-    convert.add_argument("--arch", default="", help="for which net, e.g. repoptvgg_b1")
-    a = p.parse_args(argv)
-    if Path(a.to).suffix != ".safetensors": raise ValueError(f"{a.to}: files of scales end in .safetensors")
-    if Path(a.to).is_dir() or not Path(a.to).resolve().parent.is_dir(): raise ValueError(f"{a.to} cannot be written: there is no folder {Path(a.to).parent}, or it is a folder itself")
-    scales = read_scales(a.source, a.arch)
-    try: scales.save(a.to)
-    except SafetensorError as e: raise ValueError(f"{a.to} cannot be written: {e}") from None
-    print(f"{a.to}: {scales}")
-    return 0
-
 Scales.read = staticmethod(read_scales)
 
 # %% ../nbs/01a_scales.ipynb #2dc44901
@@ -312,7 +293,7 @@ def load_scales(name: str) -> Scales:
     if path.exists(): return Scales.load(path)
     shipped = sorted(p.stem for p in ASSETS.glob("*.safetensors"))
     raise ValueError(f"no scales ship for {name!r} (there are: {', '.join(shipped) or 'none'}). Search them: "
-                     f"python -m repopt.hyper_search --recipe cifar --model {name} --data DATA --out OUT")
+                     f"python -m repopt search --recipe cifar --model {name} --data DATA --out OUT")
 
 # %% ../nbs/01a_scales.ipynb #51db58f2
 def extract_scales(hs_model: nn.Module, **header) -> Scales:
@@ -323,6 +304,3 @@ def extract_scales(hs_model: nn.Module, **header) -> Scales:
         v = getattr(m, f"theta_{n}" if n == "identity" else f"scale_{n}").detach()
         return v.full_tensor() if hasattr(v, "full_tensor") else v              # sharded by FSDP2
     return Scales({p: {n: value(m, n) for n in m.branches} for p, m in blocks.items()}, **{"arch": getattr(hs_model, "arch", ""), **header})
-
-# %% ../nbs/01a_scales.ipynb #d5bc4188
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())

@@ -13,7 +13,7 @@ the environment) has one of its own.
     python tests/hostile.py -k scales       one kind, or the cases whose name holds the word
     python tests/hostile.py -k scales -v    with what each of them said
 
-A case is `case(what, do, exit, *words)`. `do`: the words of a command line (`training --recipe r.yaml`) or a function; `exit`: the exit
+A case is `case(what, do, exit, *words)`. `do`: the words of a command line (`train --recipe r.yaml`) or a function; `exit`: the exit
 code, the exception, or several of either, `OK` for work that must be done; `words`: patterns that the error must hold. `files`: what lies
 in the folder before. An error on a command line is one line `error: …`, under which a list may be indented; argparse's own errors, of an
 option that does not exist or holds no number, are as it writes them: the usage, and a line `python -m …: error: …`.
@@ -38,12 +38,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 import repopt
-from repopt import checkpoint, records
+from repopt.lab import checkpoint, records
 from repopt.grad_mult import GradMult, named_branch, rep_branches
 from repopt.models import create_model, initial_scales, merge
 from repopt.optim import RULES, attach, check_equivalence, clip_grad_norm_, param_groups, rep_optimizer
 from repopt.scales import Scales, extract_scales, load_scales
-from repopt.training import parameters
+from repopt.lab.cli import parameters
 
 OK, LIMIT = 0, 60                                   # seconds that a case may take
 KINDS, FIXTURES = [], {}
@@ -169,12 +169,11 @@ def piped(work, size, log):
 
 
 def command(words):
-    "The exit code of `python -m repopt.<words>`, made in this process"
-    module, *argv = shlex.split(words)
-    sys.argv = [f"python -m repopt.{module}", *argv]
-    main = getattr(importlib.import_module(f"repopt.{module}"), "main", None)
-    if main is None: raise NotImplementedError(f"repopt.{module} has no command line")
-    return main(argv)
+    "The exit code of `python -m repopt <words>`, made in this process"
+    from repopt.lab.cli import main
+    name, *argv = shlex.split(words)
+    sys.argv = [f"python -m repopt {name}", *argv]
+    return main([name, *argv])
 
 
 def found_run(folder) -> str:
@@ -330,17 +329,17 @@ def link(to):
 
 
 def recipe_case(what, text, *words, exit=2, **more):
-    return case(what, "training --recipe r.yaml", exit, *words, files={"r.yaml": text}, **more)
+    return case(what, "train --recipe r.yaml", exit, *words, files={"r.yaml": text}, **more)
 
 
 @kind("recipe")
 def recipe_files():
     "What a text editor, a mail program and a script leave"
-    yield case("no such recipe", "training --recipe nosuch", 2, "nosuch", "digits")
-    yield case("almost a recipe's name", "training --recipe digit", 2, "digit", "did you mean 'digits'")
-    yield case("no such file", "training --recipe nosuch.yaml", 2, r"nosuch\.yaml")
-    yield case("a folder", "training --recipe r.yaml", 2, r"r\.yaml", files={"r.yaml/x": ""})
-    yield case("a dangling link", "training --recipe r.yaml", 2, r"r\.yaml", files={"r.yaml": link("gone")})
+    yield case("no such recipe", "train --recipe nosuch", 2, "nosuch", "digits")
+    yield case("almost a recipe's name", "train --recipe digit", 2, "digit", "did you mean 'digits'")
+    yield case("no such file", "train --recipe nosuch.yaml", 2, r"nosuch\.yaml")
+    yield case("a folder", "train --recipe r.yaml", 2, r"r\.yaml", files={"r.yaml/x": ""})
+    yield case("a dangling link", "train --recipe r.yaml", 2, r"r\.yaml", files={"r.yaml": link("gone")})
     yield recipe_case("empty", "", r"r\.yaml")
     yield recipe_case("a comment only", "# lr: 0.1\n", r"r\.yaml")
     yield recipe_case("a list", "- lr\n- 0.1\n", r"r\.yaml")
@@ -464,11 +463,11 @@ def set_values():
         test_size=-5 | test_size
         optimizer=sdg | did you mean '?sgd
         schedule=cosin | schedule
-        """): yield case(f"--set {pair}", f"training --recipe r.yaml --set {shlex.quote(pair)}", 2, *words, files=files)
+        """): yield case(f"--set {pair}", f"train --recipe r.yaml --set {shlex.quote(pair)}", 2, *words, files=files)
     for text, value in {"1e-3": 1e-3, "1E-3": 1e-3, "1": 1., "+.5e-2": .5e-2, "1.e-3": 1e-3}.items():
         def after(folder, out,
                 value=value): assert asked(folder)["recipe"]["lr"] == value, asked(folder)["recipe"]["lr"]
-        yield case(f"lr={text} is {value}", f"training --recipe r.yaml --set lr={text}", OK, files=files, after=after)
+        yield case(f"lr={text} is {value}", f"train --recipe r.yaml --set lr={text}", OK, files=files, after=after)
 
 
 def asked(folder) -> dict:
@@ -530,7 +529,7 @@ def training_arguments():
         --out /dev/null | /dev/null
         --out /dev/full/x | /dev/full
         --out '' | out
-        """): yield case(f"training {words}", f"training --recipe r.yaml {words}", 2, *said, files={"r.yaml": digits()})
+        """): yield case(f"train {words}", f"train --recipe r.yaml {words}", 2, *said, files={"r.yaml": digits()})
     for words, *said in table("""
         --compare 0 | compare
         --compare -3 | compare
@@ -548,11 +547,11 @@ def training_arguments():
         --out /proc/x | /proc/x
         --seed one | --seed
         --save-seconds -1 | save.seconds
-        """): yield case(f"hyper_search {words}", f"hyper_search --recipe r.yaml {words}", 2, *said,
+        """): yield case(f"search {words}", f"search --recipe r.yaml {words}", 2, *said,
             files={"r.yaml": digits()})
     yield case("hyper_search", "hyper_search", 2, "--recipe")
     wild = {"r.yaml": digits(epochs=4, label_smoothing=0, lr="1.0e+30", channels_last="false")}
-    for module in ("training", "hyper_search"):
+    for module in ("train", "search"):
         yield case(f"{module} that diverges", f"{module} --recipe r.yaml", 1, "finite", "lr", files=wild)
 
 
@@ -590,19 +589,19 @@ def other_arguments():
         speed --infer vgg16 --out a.txt | a.txt
         speed --infer vgg16 --out /proc/x | /proc/x
         quantization | --runs
-        quantization --runs | --runs
-        quantization --runs nosuch | nosuch
-        quantization --runs ../../etc | ../
-        quantization --runs '' | run
-        quantization --speed nosuch | nosuch
-        quantization --speed repoptvgg_digits --size 0 | size
-        quantization --speed repoptvgg_digits --size -1 | size
-        quantization --speed repoptvgg_digits --size x | --size
-        quantization --speed repoptvgg_digits --out a.txt | a.txt
-        quantization --runs x --qat-epochs -1 | qat.epochs
-        quantization --runs x --qat-rate -1 | qat.rate
-        quantization --runs x --qat-rate nan | qat.rate
-        quantization --runs x --qat-epochs 1 --qat-batches 0 | qat.batches
+        quantize --runs | --runs
+        quantize --runs nosuch | nosuch
+        quantize --runs ../../etc | ../
+        quantize --runs '' | run
+        quantize --speed nosuch | nosuch
+        quantize --speed repoptvgg_digits --size 0 | size
+        quantize --speed repoptvgg_digits --size -1 | size
+        quantize --speed repoptvgg_digits --size x | --size
+        quantize --speed repoptvgg_digits --out a.txt | a.txt
+        quantize --runs x --qat-epochs -1 | qat.epochs
+        quantize --runs x --qat-rate -1 | qat.rate
+        quantize --runs x --qat-rate nan | qat.rate
+        quantize --runs x --qat-epochs 1 --qat-batches 0 | qat.batches
         records --out nosuch | nosuch
         records --out a.txt | a.txt
         records --experiment dance | dance
@@ -654,7 +653,7 @@ def two_classes(folder):
 @fixture
 def packed(folder):
     "The same, packed"
-    from repopt.data import pack
+    from repopt.lab.data import pack
     assert pack(made("two_classes"), folder) == dict(train=12, val=6)
 
 
@@ -706,7 +705,7 @@ def picture_folders():
         def run(what, exit, *said, words="", **files):
             more = {k: files.pop(k) for k in ("after", "seconds", "text") if k in files}
             given = {"r.yaml": more.pop("text", text), **{k.replace("__", "/"): v for k, v in files.items()}}
-            return case(f"{what}, at {size} pixels", f"training --recipe r.yaml --data . {words}", exit, *said,
+            return case(f"{what}, at {size} pixels", f"train --recipe r.yaml --data . {words}", exit, *said,
                 files=given, also=BROKEN, **more)
         def after(folder, out):
             "Of the six pictures of the test, or those of them that can be read, a whole number is right"
@@ -770,7 +769,7 @@ def renamed(suffix):
 def single_pictures():
     "What a picture's pixels become"
     def grey16(watch):
-        from repopt.data import load_image_folder
+        from repopt.lab.data import load_image_folder
         for split in ("train", "val"):
             for name, value in (("cat", 0), ("dog", 30000)):
                 Path(f"pics/{split}/{name}").mkdir(parents=True)
@@ -779,7 +778,7 @@ def single_pictures():
         assert train.images[1].float().mean().item() == 30000//257 or abs(train.images[1].float().mean() - 30000/257) < 1.5, f"30000 of 65535 became {train.images[1].float().mean():.0f} of 255"
     yield case("16 bits of grey", grey16, OK, may=("pics*",))
     def greg(watch):
-        from repopt.data import load_caltech256
+        from repopt.lab.data import load_caltech256
         shutil.copytree(made("caltech"), "c")
         for junk in ("greg", "RENAME2"):
             Path(f"c/256_ObjectCategories/056.dog/{junk}").mkdir()
@@ -822,12 +821,12 @@ def packed_folders():
             "one class too many": dict(classes=np.array(["cat", "dog", "owl"])),
             "classes that are code": dict(classes=np.array([Evil()], dtype=object))}.items():
         text = pictures(data="packed", image_size=72, test_size=72)
-        yield case(f"packed: {what}", "training --recipe r.yaml --data .", 2, "train|3 classes",
+        yield case(f"packed: {what}", "train --recipe r.yaml --data .", 2, "train|3 classes",
             files={"r.yaml": text, "packed": damaged(**parts)})
     def half(path):
         packed(path)
         for p in path.glob("val*"): p.unlink()
-    yield case("packed: only train", "training --recipe r.yaml --data .", 2, "val",
+    yield case("packed: only train", "train --recipe r.yaml --data .", 2, "val",
         files={"r.yaml": pictures(data="packed", image_size=72, test_size=72), "packed": half})
 
 
@@ -836,14 +835,14 @@ def other_sets():
     text = digits(data="cifar100", num_classes=100, image_size=32, test_size=32)
     names = ("train", "test", "meta")
     for what, content in (("of nothing", b""), ("of junk", b"junk"), ("of code", pickle.dumps({}))):
-        yield case(f"CIFAR-100 {what}", "training --recipe r.yaml --data .", 2, "CIFAR-100", "md5|intact",
+        yield case(f"CIFAR-100 {what}", "train --recipe r.yaml --data .", 2, "CIFAR-100", "md5|intact",
             files={"r.yaml": text, **{f"cifar-100-python/{n}": content for n in names}})
-    yield case("CIFAR-100 in a file", "training --recipe r.yaml --data .", 2, "CIFAR-100",
+    yield case("CIFAR-100 in a file", "train --recipe r.yaml --data .", 2, "CIFAR-100",
         files={"r.yaml": text, "cifar-100-python": "x"})
     text = pictures(data="caltech256")
-    yield case("Caltech256 without pictures", "training --recipe r.yaml --data .", 2, "Caltech|256_Object",
+    yield case("Caltech256 without pictures", "train --recipe r.yaml --data .", 2, "Caltech|256_Object",
         files={"r.yaml": text, "256_ObjectCategories/001.ak47/x": ""})
-    yield case("Caltech256 in a file", "training --recipe r.yaml --data .", 2, "Caltech|256_Object",
+    yield case("Caltech256 in a file", "train --recipe r.yaml --data .", 2, "Caltech|256_Object",
         files={"r.yaml": text, "256_ObjectCategories": "x"})
 
 
@@ -925,7 +924,7 @@ FIRST, SECOND = "stage0.conv.weight", "stage1.0.conv.weight"
 @kind("scales file")
 def scales_files():
     def bad(what, put, *said, name="s.safetensors", more=""):
-        return case(what, f"training --recipe r.yaml --optimizer repsgd --scales {name} {more}", 2,
+        return case(what, f"train --recipe r.yaml --optimizer repsgd --scales {name} {more}", 2,
             *(said or (re.escape(name),)), files={"r.yaml": digits(), name: put})
     for what, put in JUNK.items():
         for name in ("s.safetensors", "s.pth"): yield bad(f"{what}, named .{name.partition('.')[2]}", put, name=name)
@@ -970,7 +969,7 @@ def scales_files():
     yield bad("the authors', with NaN", torch_file(lambda: {**authors(own_scales()),
         "stage0.scale_conv.weight": torch.full((n,), torch.nan)}), "finite", name="s.pth")
     yield bad("the authors', with code", torch_file(lambda: {**authors(own_scales()), "x": Evil()}), name="s.pth")
-    yield case("the authors'", "training --recipe r.yaml --optimizer repsgd --scales s.pth", OK,
+    yield case("the authors'", "train --recipe r.yaml --optimizer repsgd --scales s.pth", OK,
         files={"r.yaml": digits(), "s.pth": torch_file(lambda: authors(own_scales()))})
     yield case("the authors', converted", "scales convert s.pth o.safetensors", OK,
         files={"s.pth": torch_file(lambda: authors(own_scales()))}, may=("o.safetensors",), after=lambda folder,
@@ -1005,7 +1004,7 @@ def weights(**other):
 @kind("weights file")
 def weights_files():
     def run(what, put, exit=2, *said, name="w.pth"):
-        return case(what, f"training --recipe r.yaml --weights {name}", exit, *(said or (re.escape(name),)),
+        return case(what, f"train --recipe r.yaml --weights {name}", exit, *(said or (re.escape(name),)),
             files={"r.yaml": digits(), name: put})
     for what, put in JUNK.items():
         for name in ("w.pth", "w.safetensors"): yield run(f"{what}, named .{name.partition('.')[2]}", put, name=name)
@@ -1054,7 +1053,7 @@ def weights_files():
                       v in weights()().items()}))):
         yield run(f"good weights {what}", put, OK)
     for mode in ("csla", "hs"): yield case(f"a target's weights as {mode}",
-            f"training --recipe r.yaml --weights w.pth --mode {mode}", 2, r"w\.pth",
+            f"train --recipe r.yaml --weights w.pth --mode {mode}", 2, r"w\.pth",
             files={"r.yaml": digits(), "w.pth": torch_file(weights())})
 
 
@@ -1073,7 +1072,7 @@ def itself():
 
 def digits_run(folder, *more, kill=0):
     "Make the digits run below `folder`; with `kill`, as one that is asked to stop after so many checkpoints"
-    from repopt import training
+    from repopt.lab import cli
     (folder.parent/"r.yaml").write_text(digits(epochs=2))
     os.environ["REPOPT_BUILD"] = str(folder)
     save, times = checkpoint.save, iter(range(1, 99))
@@ -1082,7 +1081,7 @@ def digits_run(folder, *more, kill=0):
         if next(times) == kill: os.kill(os.getpid(), signal.SIGTERM)
         return done
     checkpoint.save = counted
-    try: return training.main(["--recipe", str(folder.parent/"r.yaml"), *more])
+    try: return cli.train(["--recipe", str(folder.parent/"r.yaml"), *more])
     finally: checkpoint.save = save
 
 
@@ -1099,7 +1098,7 @@ def finished_run(folder): assert digits_run(folder) == 0
 
 @fixture
 def finished_search(folder):
-    from repopt import hyper_search
+    from repopt.lab import hyper_search
     (folder.parent/"r.yaml").write_text(digits())
     os.environ["REPOPT_BUILD"] = str(folder)
     assert hyper_search.main(["--recipe", str(folder.parent/"r.yaml")]) == 0
@@ -1137,7 +1136,7 @@ def foldered(p):
 @kind("checkpoint")
 def checkpoints():
     "The run goes on where it can, and says what it was stopped by where it cannot: nothing is begun again unasked"
-    go = "training --recipe r.yaml --save-seconds 0"
+    go = "train --recipe r.yaml --save-seconds 0"
     files = {"r.yaml": digits(epochs=2)}
     all_of_them = {
         "cut": shortened, "empty": emptied, "a byte changed": lambda p: flipped(lambda q: None, 2000)(p),
@@ -1177,16 +1176,16 @@ def checkpoints():
                          "a number": lambda p: p.write_text("7"),
                          "NaN": lambda p: p.write_text(re.sub(r'"top1": [\d.]+', '"top1": NaN',
                          p.read_text()))}.items():
-        yield case(f"the record of a finished run: {what}", "training --recipe r.yaml", 2, r"record\.json",
+        yield case(f"the record of a finished run: {what}", "train --recipe r.yaml", 2, r"record\.json",
             files=record(change))
-        yield case(f"INT8 of a run whose record is {what}", "quantization --runs $ID", 2, r"record\.json",
+        yield case(f"INT8 of a run whose record is {what}", "quantize --runs $ID", 2, r"record\.json",
             files=record(change))
-    yield case("INT8 of a search", "quantization --runs $ID", 2, "search", files={"build": finished_search})
-    yield case("INT8 of a run without weights", "quantization --runs $ID", 2, r"final\.safetensors",
+    yield case("INT8 of a search", "quantize --runs $ID", 2, "search", files={"build": finished_search})
+    yield case("INT8 of a run without weights", "quantize --runs $ID", 2, r"final\.safetensors",
         files={"build": without_weights})
-    yield case("INT8 of a run with cut weights", "quantization --runs $ID", 2, r"final\.safetensors",
+    yield case("INT8 of a run with cut weights", "quantize --runs $ID", 2, r"final\.safetensors",
         files={"build": each_file("final.safetensors", shortened)})
-    yield case("INT8 onto a file", "quantization --runs $ID --out r.yaml", 2, r"r\.yaml",
+    yield case("INT8 onto a file", "quantize --runs $ID --out r.yaml", 2, r"r\.yaml",
         files={**files, "build": finished_run})
     yield case("a run's folder is a file", go, 2, "runs", files={**files, "build/runs": "x"})
 
@@ -1289,7 +1288,8 @@ def usable_cache(watch):
 
 def compile_one(watch):
     "What a command does before it compiles, and a net of one layer"
-    from repopt.training import Recipe, compiled
+    from repopt.lab.recipes import Recipe
+    from repopt.lab.training import compiled
     records.compiler_cache()
     net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
     close([compiled(net, Recipe.load("digits"))(x)], [net(x)], 1e-6)
@@ -1300,7 +1300,7 @@ def whole_nets_compiled():
     "The same for a whole run: minutes, by `make test-slow`"
     for what, env in UNABLE.items():
         yield case(f"a net of one layer, {what}", compile_one, OK, files={"a.txt": "mine"}, env=env)
-        yield case(f"a run, {what}", "training --recipe r.yaml --set compile=true", OK,
+        yield case(f"a run, {what}", "train --recipe r.yaml --set compile=true", OK,
             files={"r.yaml": digits(), "a.txt": "mine"}, env=env, seconds=600)
 
 
@@ -1308,26 +1308,26 @@ def whole_nets_compiled():
 def interpreters():
     "What an interpreter's own beginning and end may spoil; each takes seconds to start, by `make test-slow`"
     files = {"r.yaml": digits()}
-    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.records --out out", OK,
+    yield case("a locale of ASCII", "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt records --out out", OK,
         files=dict([put_record()]), shell=True)
     yield case("an error in a locale of ASCII",
-        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt.training --recipe 'é'", 2, "unknown recipe", shell=True)
-    yield case("records to no stdout", "python -m repopt.records --out out >&-", OK, files=dict([put_record()]),
+        "PYTHONIOENCODING=ascii LC_ALL=C python -m repopt train --recipe 'é'", 2, "unknown recipe", shell=True)
+    yield case("records to no stdout", "python -m repopt records --out out >&-", OK, files=dict([put_record()]),
         shell=True)
-    yield case("training to a pipe that is closed", "python -m repopt.training --recipe r.yaml | true", OK,
+    yield case("training to a pipe that is closed", "python -m repopt train --recipe r.yaml | true", OK,
         files=files, shell=True)
-    yield case("data's usage to a pipe that is closed", "python -m repopt.data --help | true", OK, files=files,
+    yield case("data's usage to a pipe that is closed", "python -m repopt data --help | true", OK, files=files,
         shell=True)
-    yield case("no stderr", "python -m repopt.training --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
+    yield case("no stderr", "python -m repopt train --recipe nosuch 2>&-; test $? = 2", OK, files=files, shell=True)
 
 
 @kind("environment")
 def environments():
     files = {"r.yaml": digits(), "a.txt": "mine"}
-    run = "training --recipe r.yaml"
+    run = "train --recipe r.yaml"
     for place in ("a.txt", "a.txt/x", "/proc/x", "/dev/full", "/dev/null/x"):
         yield case(f"REPOPT_BUILD={place}", run, 2, re.escape(place), files=files, env=dict(REPOPT_BUILD=place))
-        yield case(f"hyper_search with REPOPT_BUILD={place}", "hyper_search --recipe r.yaml", 2, re.escape(place),
+        yield case(f"hyper_search with REPOPT_BUILD={place}", "search --recipe r.yaml", 2, re.escape(place),
             files=files, env=dict(REPOPT_BUILD=place))
     for value in ("soon", "nan", "-1"): yield case(f"REPOPT_SAVE_SECONDS={value}", run, 2,
             "REPOPT_SAVE_SECONDS|save.seconds", files=files, env=dict(REPOPT_SAVE_SECONDS=value))
@@ -1341,15 +1341,15 @@ def environments():
     for what, env in UNABLE.items():
         yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
     many = dict(put_record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400))
-    yield case("records to a pipe that is closed", "python -m repopt.records --out out | head -n 1", OK, files=many,
+    yield case("records to a pipe that is closed", "python -m repopt records --out out | head -n 1", OK, files=many,
         shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))
-    yield case("records to a full device", "python -m repopt.records --out out > /dev/full", (1, 2),
+    yield case("records to a full device", "python -m repopt records --out out > /dev/full", (1, 2),
         "error: .*(space|full)", files=many, shell=True)
     yield case("a disk that takes 100 kB a file", run, (1, 2), "safetensors|written|large|space", files=files,
         disk=100_000, also="Warning|warn")
     yield case("a disk that takes nothing", run, (1, 2), "written|large|space", files=files, disk=1,
         also="Warning|warn")
-    yield case("a search on a disk that takes 100 kB a file", "hyper_search --recipe r.yaml", (1, 2),
+    yield case("a search on a disk that takes 100 kB a file", "search --recipe r.yaml", (1, 2),
         "safetensors|written|large|space", files=files, disk=100_000, also="Warning|warn")
     yield case("records on a disk that is full", f"{run} --out out", (1, 2), "out|written|large",
         files={**files, "build": finished_run, "r.yaml": digits(epochs=2)}, disk=100, may=("out*",))
@@ -1359,15 +1359,15 @@ def environments():
         "o.safetensors", files={"s.safetensors": scales_file()}, disk=100)
     pictures_72 = {"r.yaml": pictures(image_size=72, test_size=72), "pics": two_classes}
     for what, words, missing, given, named in (
-            ("torchao", "quantization --runs $ID", ("torchao",), {"build": finished_run}, "torchao"),
+            ("torchao", "quantize --runs $ID", ("torchao",), {"build": finished_run}, "torchao"),
             ("timm", "speed --infer timm/resnet18", ("timm",), {}, "timm"),
             ("torchvision for vgg16", "speed --infer vgg16", ("torchvision",), {}, "torchvision"),
             ("scikit-learn for digits", run, ("sklearn",), files, "scikit-learn|sklearn"),
-            ("torchvision for pictures", "training --recipe r.yaml --data .", ("torchvision",), pictures_72,
-            "torchvision"), ("Pillow for pictures", "training --recipe r.yaml --data .", ("PIL",), pictures_72,
+            ("torchvision for pictures", "train --recipe r.yaml --data .", ("torchvision",), pictures_72,
+            "torchvision"), ("Pillow for pictures", "train --recipe r.yaml --data .", ("PIL",), pictures_72,
             "Pillow|PIL"),
-            ("onnx", "quantization --speed repoptvgg_digits", ("onnx",), {}, "onnx"),
-            ("onnxruntime", "quantization --speed repoptvgg_digits", ("onnxruntime",), {}, "onnxruntime")):
+            ("onnx", "quantize --speed repoptvgg_digits", ("onnx",), {}, "onnx"),
+            ("onnxruntime", "quantize --speed repoptvgg_digits", ("onnxruntime",), {}, "onnxruntime")):
         yield case(f"without {what}", words, 2, named, "pip install|not installed|needs", files=given, without=missing)
 
 
@@ -1891,8 +1891,8 @@ def notebook_parameters():
 
 @kind("plan")
 def plans():
-    from repopt.plan import gpus_for, plan
-    from repopt.training import Recipe
+    from repopt.lab.plan import gpus_for, plan
+    from repopt.lab.recipes import Recipe
     for gpus in ("many", 0, -1, True, 1.5, None): yield case(f"gpus={gpus!r}", lambda watch,
             gpus=gpus: gpus_for(gpus, Recipe.load("digits")), ValueError, "gpus")
     for what, more, *said in (("no such recipe", dict(recipe="nosuch"), "nosuch"),
@@ -1905,7 +1905,7 @@ def plans():
                               ("records into a file", dict(out="a.txt"), "a.txt")):
         yield case(what, lambda watch, more=more: plan(**{"recipe": "digits", **more}), ValueError, *said,
             files={"a.txt": "mine"})
-    from repopt.training import run
+    from repopt.lab.runs import run
     for what, more, *said in (("device", dict(device="abacus"), "abacus"), ("seed", dict(seed="x"), "seed"),
             ("mode", dict(mode="train"), "train"), ("optimizer", dict(optimizer="sdg"), "sdg"),
             ("recipe", dict(recipe=None), "recipe"), ("a recipe as a dict", dict(recipe=dict(lr=1)), "recipe"),

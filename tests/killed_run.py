@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from repopt import training
+from repopt.lab import cli, runs, training
 
 FIRST = os.environ.get("RANK", "0") == "0"
 
@@ -43,7 +43,7 @@ def plain_net(name, mode, recipe, in_chans, scales=None):
 
 
 if __name__ == "__main__":
-    training.launch = partial(training.launch, module="killed_run")         # --gpus 2: the processes are to be of this kind too
+    runs.launch = partial(runs.launch, module="killed_run")         # --gpus 2: the processes are to be of this kind too
     if "PHASE" in os.environ: marked("_save", "saving"); marked("evaluate", "evaluating"); marked("train_step", "training"); keep_momentum()
-    if os.environ.get("NET") == "plain": training.build_model = plain_net
-    sys.exit(training.main())
+    if os.environ.get("NET") == "plain": training.build_model = runs.build_model = plain_net
+    sys.exit(cli.train())

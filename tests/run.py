@@ -8,12 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOK = r"(\d.*|index)\.ipynb"                                          # not what papermill was told to write there
+NOTEBOOK = r"(\d.*|[a-z]_.*|index)\.ipynb"                                   # not what papermill was told to write there
 
 
 def project_notebooks():
     "The notebooks in nbs/ that are the project's"
-    return sorted(p for p in (ROOT/"nbs").glob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name))
+    return sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name) and ".ipynb_checkpoints" not in p.parts)
 
 
 def stream(*command):

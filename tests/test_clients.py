@@ -12,7 +12,7 @@ with pytest.MonkeyPatch.context() as m:                                # that im
 
 from repopt.csla import CSLA, Block
 from repopt.grad_mult import constants, named_branch
-from repopt.hyper_search import to_hyper_search
+from repopt.search import to_hyper_search
 from repopt.optim import RULES, RepAdamW, RepSGD, attach, check_equivalence, clip_grad_norm_, param_groups, rep_optimizer
 from repopt.scales import Scales, extract_scales
 

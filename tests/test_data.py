@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from repopt import data
-from repopt.data import DataError, FolderLoader, load_data, load_image_folder, main, pack
+from repopt.lab import data
+from repopt.lab.data import DataError, FolderLoader, load_data, load_image_folder, main, pack
 
 BIG, SMALL = 72, 16                      # an image size that is read through workers, and one that is held in memory
 
@@ -300,7 +300,7 @@ def test_damaged_cifar_is_refused(tmp_path):
     for make in (lambda: None, folder.mkdir, lambda: (folder/"train").write_bytes(b"cut"), lambda: [(folder/f).write_bytes(b"") for f in ("train", "test", "meta")],
                  lambda: (shutil.rmtree(folder), folder.write_text("a file"))):
         make()
-        with pytest.raises(DataError, match="holds no intact CIFAR-100.*python -m repopt.data cifar100") as e: load_data("cifar100", 64, image_size=32, data=tmp_path)
+        with pytest.raises(DataError, match="holds no intact CIFAR-100.*python -m repopt data cifar100") as e: load_data("cifar100", 64, image_size=32, data=tmp_path)
         assert "\n" not in str(e.value)
 
 
@@ -483,7 +483,7 @@ def test_ghost_erases_a_fifth_and_tests_at_256():
 
 
 def test_the_recipes_train_as_the_authors_did(tree):
-    from repopt.training import Recipe
+    from repopt.lab.recipes import Recipe
     folder = Path(data.__file__).parent/"assets"/"recipes"
     assert Recipe.load("imagenet_ghost").augment == "ghost"
     assert {Recipe.load(p.stem).augment for p in folder.glob("imagenet*.yaml") if "ghost" not in p.stem} == {"raug15"}

@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from repopt.grad_mult import rep_branches
-from repopt.hyper_search import to_hyper_search
+from repopt.search import to_hyper_search
 from repopt.optim import RepAdamW, RepASGD, RepSGD, attach, clip_grad_norm_, rep_optimizer
 from repopt.scales import Scales, extract_scales
 

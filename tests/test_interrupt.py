@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repopt import checkpoint, records
-from repopt.distributed import command
+from repopt.lab import checkpoint, records
+from repopt.lab.distributed import command
 
 TESTS = Path(__file__).resolve().parent
 

@@ -19,16 +19,16 @@ import psutil
 import pytest
 
 import repopt
-from repopt import records
+from repopt.lab import records
 from run import project_notebooks
-from repopt.training import Recipe
+from repopt.lab.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT/"README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 INLINE = re.findall(r"`([^`\n]+)`", README)
 CODE = [line.strip() for line in README.splitlines() if line.startswith("    ")] + INLINE
-PROGRAMS = re.compile(r"(make|papermill|snakemake|python -m repopt\.\w+) ")
+PROGRAMS = re.compile(r"(make|papermill|snakemake|python -m repopt \w+) ")
 COMMANDS = [c.partition("  #")[0].strip() for c in CODE if PROGRAMS.match(c)]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ENV.pop("PYTEST_CURRENT_TEST", None)
@@ -82,6 +82,7 @@ def test_names_in_readme_are_there():
     for name in [c for c in INLINE if c.startswith("repopt.")]: getattr(repopt, re.match(r"repopt\.(\w+)", name)[1])
     notebooks = {p.stem for p in (ROOT/"nbs").glob("[0-9]*.ipynb")}
     assert set(re.findall(r"`(\d\w+)`", README)) == notebooks
+    assert set(re.findall(r"`lab/(\w+)`", README)) == {p.stem for p in (ROOT/"nbs/lab").glob("[a-z]_*.ipynb")}
     targets = {c.split()[1] for c in CODE if c.startswith("make ")}
     assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(), re.M))
 
@@ -89,9 +90,9 @@ def test_names_in_readme_are_there():
 def test_what_papermill_is_told_to_write_is_ignored_and_notebooks_are_not():
     if not (ROOT/".git").exists(): pytest.skip("no git here")
     ignored = lambda *paths: do("git", "check-ignore", "--no-index", *paths).stdout.split()
-    written = ["out.ipynb", "mine.ipynb", "nbs/out.ipynb", "nbs/b1.ipynb"]
+    written = ["out.ipynb", "mine.ipynb", "nbs/out.ipynb", "nbs/b1.ipynb", "nbs/lab/out.ipynb"]
     assert ignored(*written) == written
-    assert not ignored("nbs/index.ipynb", *(f"nbs/{p.name}" for p in (ROOT/"nbs").glob("[0-9]*.ipynb")))
+    assert not ignored("nbs/index.ipynb", *(f"nbs/{p.name}" for p in (ROOT/"nbs").glob("[0-9]*.ipynb")), *(f"nbs/lab/{p.name}" for p in (ROOT/"nbs/lab").glob("[a-z]_*.ipynb")))
 
 
 # make reproduce
@@ -178,11 +179,11 @@ def test_reproduce_in_a_folder_of_any_name_and_after_any_kill(clone):
 
 # notebooks
 
-BOOKS = {p.stem for p in project_notebooks()}
+BOOKS = {str(p.relative_to(ROOT/"nbs")) for p in project_notebooks()}
 
 
 def code_of(book):
-    cells = json.loads((ROOT/"nbs"/f"{book}.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT/"nbs"/book).read_text())["cells"]
     return "".join(line for c in cells if c["cell_type"] == "code" for line in (*c["source"], "\n"))
 
 
@@ -232,7 +233,7 @@ def test_the_paper_is_not_made_of_nothing(tmp_path):
 
 
 def test_figures_of_a_search_join_no_two_stages_and_show_each():
-    from repopt import report
+    from repopt.lab import report
     found = [r for r in records.load_all(ROOT/"figures") if r["experiment"] == "search"]
     for ax in report.figures(found)[7].axes:
         seen = [(int(min(x)), int(max(x)) + 1) for x in (line.get_xdata() for line in ax.lines) if len(x)]
@@ -241,7 +242,7 @@ def test_figures_of_a_search_join_no_two_stages_and_show_each():
 
 
 ADDED = """from repopt import RepNAdam
-from repopt.training import OPTIMIZERS
+from repopt.lab.training import OPTIMIZERS
 OPTIMIZERS["repnadam"] = lambda g, r, **rep: RepNAdam(g, lr=1e-3, decoupled_weight_decay=True, **rep)"""
 
 

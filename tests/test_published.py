@@ -7,11 +7,13 @@ import timm
 import torch
 from torch import nn
 
-from repopt import checkpoint, published
+from repopt import published
+from repopt.lab import checkpoint
 from repopt.models import create_model
 from repopt.optim import RepSGD
 from repopt.scales import Scales, check_fit, own_names, read_scales
-from repopt.training import Recipe, load_weights
+from repopt.lab.recipes import Recipe
+from repopt.lab.training import load_weights
 
 SCALES = os.environ.get("REPOPT_RELEASED")
 
@@ -337,7 +339,7 @@ def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, read, name, d
 @pytest.mark.skipif(not SCALES, reason="$REPOPT_RELEASED names no folder of the authors' files")
 def test_the_authors_scales_go_in_and_come_out_as_ours(tmp_path):
     theirs = os.path.join(SCALES, "RepOpt-VGG-B1-scales.pth")
-    r = subprocess.run([sys.executable, "-m", "repopt.scales", "convert", theirs, str(tmp_path/"b1.safetensors"), "--arch", "repoptvgg_b1"], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "repopt", "scales", "convert", theirs, str(tmp_path/"b1.safetensors"), "--arch", "repoptvgg_b1"], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     assert Scales.load(tmp_path/"b1.safetensors").hash == read_scales(theirs).hash == Scales.from_released(theirs).hash
 

@@ -9,7 +9,9 @@ import torchvision
 from torch import nn
 
 from repopt import quantization
-from repopt.quantization import QuantizationError, chance, export_int8, find_run, quantize, quantize_aware
+from repopt.lab import int8
+from repopt.quantization import QuantizationError, chance, export_int8, quantize, quantize_aware
+from repopt.lab.int8 import find_run
 
 torch.manual_seed(0)
 IMAGES = torch.rand(64, 3, 32, 32)
@@ -136,10 +138,10 @@ def test_chance_is_mcnemars_exact_test():
 
 
 def test_one_seed_gives_no_verdict():
-    record = dict(metrics=dict(layers={s: {quantization.SAMPLED: {k: 1. for k in ("overall", "central", "surrounding", "max_over_std")}}
+    record = dict(metrics=dict(layers={s: {int8.SAMPLED: {k: 1. for k in ("overall", "central", "surrounding", "max_over_std")}}
                                        for s in ("before fusing BN", "after fusing BN", "after branch addition", "kernel", "kernel, BN folded")}))
-    assert {r["verdict"] for r in quantization.observations([record], [record])} == {"one seed: none"}
-    assert {r["verdict"] for r in quantization.observations([record]*2, [record]*2)} <= {"holds", "refuted", "mixed"}
+    assert {r["verdict"] for r in int8.observations([record], [record])} == {"one seed: none"}
+    assert {r["verdict"] for r in int8.observations([record]*2, [record]*2)} <= {"holds", "refuted", "mixed"}
 
 
 @pytest.mark.parametrize("argv,why", [("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"), ("--runs .", "unknown finished run"), ("--runs ../runs", "unknown finished run"),
@@ -150,11 +152,11 @@ def test_the_command_line_refuses_in_one_line(argv, why, tmp_path, monkeypatch, 
     for name, text in {"0123456789": json.dumps(dict(asked=dict(mode="hs"))), "broken0000": "{"}.items():
         (tmp_path/"runs"/name).mkdir(parents=True)
         (tmp_path/"runs"/name/"record.json").write_text(text)
-    code, (out, err) = quantization.main(argv.split()), capsys.readouterr()
+    code, (out, err) = int8.main(argv.split()), capsys.readouterr()
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and why in err, err
 
 
 def test_a_missing_package_is_named(tmp_path):
-    code = ("import sys; sys.modules['torchao'] = None\nfrom repopt.quantization import main\nsys.exit(main(['--speed', 'repoptvgg_a0']))")
+    code = ("import sys; sys.modules['torchao'] = None\nfrom repopt.lab.int8 import main\nsys.exit(main(['--speed', 'repoptvgg_a0']))")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 2 and "pip install torchao" in r.stderr and "Traceback" not in r.stderr, r.stderr

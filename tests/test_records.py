@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repopt import records
+from repopt.lab import records
 
 ROOT = Path(__file__).resolve().parents[1]
 ASKED = dict(recipe=dict(name="digits", epochs=2), model="toy", mode="target", optimizer="sgd", seed=0, data=dict(name="digits", sha256="0", channels=1))
@@ -117,7 +117,7 @@ def test_a_command_ends_in_a_line_or_with_its_work_done(work, code, says, capsys
 def test_a_reader_that_goes_ends_nothing(tmp_path):
     done = tmp_path/"done"
     work = f"[print('line', i, flush=True) for i in range(20000)] and open({str(done)!r}, 'w') and 0"
-    code = f"import sys; from repopt.records import command_line; sys.exit(command_line(lambda argv: {work})())"
+    code = f"import sys; from repopt.lab.records import command_line; sys.exit(command_line(lambda argv: {work})())"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
     p.stdout.close()

@@ -6,9 +6,9 @@ import psutil
 import pytest
 
 import slurm
-from repopt.distributed import command
-from repopt.plan import plan
-from repopt.training import Recipe
+from repopt.lab.distributed import command
+from repopt.lab.plan import plan
+from repopt.lab.recipes import Recipe
 from test_interrupt import finish, left, same_bits
 
 ROOT, TESTS = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent

@@ -1,13 +1,14 @@
-"""The GPU's side of `python -m repopt.speed`, with a stand-in for the card: what is asked, searched for, written and said when memory or time run out."""
+"""The GPU's side of `python -m repopt speed`, with a stand-in for the card: what is asked, searched for, written and said when memory or time run out."""
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from repopt import plan, speed
+from repopt.lab import plan, speed
 from repopt.optim import RepNAdam, rep_optimizer
-from repopt.training import OPTIMIZERS, Recipe, build_model, make_optimizer
+from repopt.lab.training import OPTIMIZERS, build_model, make_optimizer
+from repopt.lab.recipes import Recipe
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from repopt import records, training
-from repopt.training import RECIPES, Recipe
+from repopt.lab import cli, recipes, records, runs, training
+from repopt.lab.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN, INF = float("nan"), float("inf")
@@ -26,9 +26,9 @@ def build(tmp_path, monkeypatch):
 
 
 def said(capsys, *words):
-    "The one line that `python -m repopt.training` refuses `words` with; nothing was made"
+    "The one line that `python -m repopt train` refuses `words` with; nothing was made"
     torch.set_num_threads(1)
-    assert training.main([str(w) for w in words]) == 2
+    assert cli.train([str(w) for w in words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
@@ -63,7 +63,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
     path = tmp_path/"mine.yaml"
     for text in ("1e-3", "1E-3", "1.e-3", ".1e-2", "+1e-3", "0.001", "1.0e-3"):
         path.write_text((RECIPES/"digits.yaml").read_text().replace("lr: 0.1\n", f"lr: {text}\n"))
-        assert Recipe.load(path).lr == .001 and training._overrides([f"lr={text}"]) == dict(lr=.001), text
+        assert Recipe.load(path).lr == .001 and cli._overrides([f"lr={text}"]) == dict(lr=.001), text
 
 
 WORDS = [("--recipe digts", "did you mean 'digits'?"), ("--recipe nosuch.yaml", "nosuch.yaml"), ("--recipe ../recipes/digits", "unknown recipe"), ("--recipe .", "unknown recipe"), ("", "--recipe"),
@@ -91,7 +91,7 @@ def test_an_environment_that_cannot_be_used_is_named(name, value, build, capsys,
 
 @pytest.mark.parametrize("kw", [dict(seed=1.5), dict(seed="0"), dict(seed=True), dict(gpus=True), dict(nodes="2"), dict(device="tpu9"), dict(mode="Target"), dict(broken="yes"), dict(save_seconds="soon"), dict(reinitialize=True)])
 def test_run_refuses_what_it_cannot_be_asked(kw, build):
-    with pytest.raises(ValueError, match=next(iter(kw))): training.run("digits", quiet=True, **kw)
+    with pytest.raises(ValueError, match=next(iter(kw))): runs.run("digits", quiet=True, **kw)
     assert not build.exists()
 
 
@@ -107,7 +107,7 @@ def test_keys_that_came_later_do_not_change_the_ids_of_older_runs():
             had = {**r["asked"]["recipe"], "strides": r["asked"]["recipe"]["strides"] and tuple(r["asked"]["recipe"]["strides"])}
             assert records.run_id({**r["asked"], "recipe": Recipe(**had).asked()}) == r["id"]
     assert "ema_decay" not in Recipe.load("digits").asked() and Recipe.load("digits", ema_decay=.9).asked()["ema_decay"] == .9
-    assert training.label(Recipe.load("digits", ema_decay=.9)) == "digits, ema_decay=0.9" and training.label(Recipe.load("digits")) == "digits"
+    assert recipes.label(Recipe.load("digits", ema_decay=.9)) == "digits, ema_decay=0.9" and recipes.label(Recipe.load("digits")) == "digits"
     assert asdict(Recipe.load("digits", accumulate=2)) | dict(accumulate=1) == asdict(Recipe.load("digits"))
 
 
@@ -131,7 +131,7 @@ def test_the_authors_schedule_is_timms():
     for step in range(r.epochs*n):
         seen.append(opt.param_groups[0]["lr"])
         theirs.step_update(step)
-    assert max(abs(a - training.lr_at(r, s, n)) for s, a in enumerate(seen)) < 1e-15
+    assert max(abs(a - recipes.lr_at(r, s, n)) for s, a in enumerate(seen)) < 1e-15
 
 
 def test_top5_counts_what_is_among_the_five_best():
@@ -148,8 +148,8 @@ def test_top5_counts_what_is_among_the_five_best():
 class Switched:
     "A run in a process of its own, in its own folder"
     def __init__(self, build, *words, **env):
-        env = {**os.environ, "REPOPT_BUILD": str(build), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parents[1]), **env}
-        words = [sys.executable, "-m", "repopt.training", "--recipe", "digits", "--save-seconds", "0.3", *words]
+        env = {**os.environ, "REPOPT_BUILD": str(build), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parents[2]), **env}
+        words = [sys.executable, "-m", "repopt", "train", "--recipe", "digits", "--save-seconds", "0.3", *words]
         self.p, self.build = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), build
 
     def ended(self, code=0):
@@ -213,9 +213,9 @@ def test_a_disk_that_fills_at_the_end_loses_nothing(build, monkeypatch, capsys, 
     torch.set_num_threads(1)
     with monkeypatch.context() as m:
         m.setattr(training.records, "where", full)                           # the last thing that a record needs
-        assert training.main(["--recipe", "digits", "--set", "epochs=1"]) == 1
+        assert cli.train(["--recipe", "digits", "--set", "epochs=1"]) == 1
         assert "could not be written" in (err := capsys.readouterr().err) and err.startswith("error: ") and err.count("\n") == 1, err
-    assert training.main(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
+    assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
     with monkeypatch.context() as m:
         m.setattr(training.records, "write", full)
-        assert training.main(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"more")]) == 1 and "The run is kept in" in capsys.readouterr().err
+        assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"more")]) == 1 and "The run is kept in" in capsys.readouterr().err
