@@ -1,4 +1,5 @@
-"""Input that no program wants and every program gets: damaged files, impossible values, wrong objects, untidy folders, full disks.
+"""Input that no program wants and every program gets: damaged files, impossible values, wrong objects, untidy folders,
+full disks.
 
 `python tests/hostile.py` gives every case its own folder, and holds what happens against what should: an error that
 says what was wrong, where and what to do, with exit code 2 (in Python a ValueError), or the work done right. Either way
@@ -13,9 +14,12 @@ the environment) has one of its own.
     python tests/hostile.py -k scales       one kind, or the cases whose name holds the word
     python tests/hostile.py -k scales -v    with what each of them said
 
-A case is `case(what, do, exit, *words)`. `do`: the words of a command line (`train --recipe r.yaml`) or a function; `exit`: the exit
-code, the exception, or several of either, `OK` for work that must be done; `words`: patterns that the error must hold. `files`: what lies
-in the folder before. An error on a command line is one line `error: …`, under which a list may be indented; argparse's own errors, of an
+A case is `case(what, do, exit, *words)`. `do`: the words of a command line (`train --recipe r.yaml`) or a function;
+`exit`: the exit
+code, the exception, or several of either, `OK` for work that must be done; `words`: patterns that the error must hold.
+`files`: what lies
+in the folder before. An error on a command line is one line `error: …`, under which a list may be indented; argparse's
+own errors, of an
 option that does not exist or holds no number, are as it writes them: the usage, and a line `python -m …: error: …`.
 """
 import argparse, atexit, hashlib, importlib, io, json, os, pickle, re, resource, shlex, shutil, signal, struct
@@ -182,7 +186,9 @@ def found_run(folder) -> str:
 
 
 def perform(c, log, folder):
-    "Let the case happen. What `forked` says of it; `changed` names the objects that it watched and that are not as they were"
+    """Let the case happen.
+
+    What `forked` says of it; `changed` names the objects that it watched and that are not as they were."""
     watched, path = [], log.with_suffix(".watched")
     def watch(*things):
         watched.extend((x, digest(x)) for x in things)
@@ -223,7 +229,8 @@ def digest(x) -> str:
     def add(x):
         if isinstance(x, torch.Tensor):
             if x.layout is not torch.strided: x = x.to_dense()
-            h.update(f"{x.dtype}{tuple(x.shape)}{x.stride()}".encode() + x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            h.update(f"{x.dtype}{tuple(x.shape)}{x.stride()}".encode()
+                     + x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
                      if x.numel() and not x.is_meta else f"{x.dtype}{tuple(x.shape)}".encode())
             if isinstance(x, nn.Parameter): add(x.grad)
         elif isinstance(x, nn.Module): add([(n, p) for n,
@@ -280,7 +287,8 @@ def said(c, err):
     lines = [l for l in err.splitlines() if l.strip() and (l.startswith("error: ") or not re.search(c.also, l))]
     if lines and lines[0].startswith("usage: ") and re.match(r"\S.*: error: ", lines[-1]): return worded(c, lines[-1])
     first, *rest = lines or [""]
-    if not first.startswith("error: ") or any(not l.startswith("  ") for l in rest): return "unclear", "stderr: " + " ⏎ ".join(lines)[:400]
+    if not first.startswith("error: ") or any(not l.startswith("  ") for l in rest):
+        return "unclear", "stderr: " + " ⏎ ".join(lines)[:400]
     return worded(c, " ".join(lines))
 
 
@@ -858,11 +866,13 @@ def own_scales() -> Scales: return initial_scales("repoptvgg_digits")
 
 
 def scales_file(head={}, **flat):
-    "Our scales of the digits net, with other tensors (None: without) and another header (None: without), signed as they are"
+    """Our scales of the digits net, with other tensors (None: without) and another header (None: without), signed as
+    they are."""
     def put(path):
         tensors = {k: v for k, v in {**own_scales().flat(), **flat}.items() if v is not None}
         h = hashlib.sha256()
-        for k, v in sorted(tensors.items()): h.update(f"{k}{tuple(v.shape)}{v.dtype}".encode() + v.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for k, v in sorted(tensors.items()):
+            h.update(f"{k}{tuple(v.shape)}{v.dtype}".encode() + v.reshape(-1).view(torch.uint8).numpy().tobytes())
         own = dict(format="1", order=json.dumps(list(dict.fromkeys(k.rpartition("/")[0] for k in tensors))),
             arch="repoptvgg_digits", recipe="sqrt2l", seed="0", accuracy="null", commit="", sha256=h.hexdigest())
         path.write_bytes(safetensors_bytes(tensors, {k: v for k, v in {**own, **head}.items() if v is not None}))
@@ -1404,7 +1414,8 @@ def stepped(opt, net, steps=3):
 
 def close(a, b, apart=1e-12):
     for x, y in zip(a, b,
-            strict=True): assert (x - y).norm() <= apart*y.norm(), f"{float((x - y).norm()/y.norm()):.2g} from the right value"
+            strict=True):
+                assert (x - y).norm() <= apart*y.norm(), f"{float((x - y).norm()/y.norm()):.2g} from the right value"
 
 
 def spoil(branch=None, value=None, name="0.weight"):
@@ -2073,7 +2084,8 @@ def main(argv=None) -> int:
     for k, seen in counts.items(): print(f"{k:20} {sum(seen.values()):4}  " + ", ".join(f"{n} {v}" for v,
             n in seen.most_common()))
     total = sum(counts.values(), Counter())
-    print(f"{sum(total.values())} cases of {len(counts)} kinds in {time.time() - began:.0f} s: {total['handled']} handled")
+    print(f"{sum(total.values())} cases of {len(counts)} kinds in {time.time() - began:.0f} s: {total['handled']} "
+          f"handled")
     print(f"{total['traceback']} tracebacks, {total['silent acceptance']} silent acceptances")
     return 1 if wrong or not total else 0
 

@@ -1,4 +1,6 @@
-"""A training run that says what it is doing, for the driver in test_interrupt.py; with NET=plain, of a net without batch norm."""
+"""A training run that says what it is doing, for the driver in test_interrupt.py.
+
+With NET=plain, of a net without batch norm."""
 import os, sys
 from functools import partial, wraps
 from pathlib import Path
@@ -39,11 +41,16 @@ class Double(nn.Module):
 
 
 def plain_net(name, mode, recipe, in_chans, scales=None):
-    return nn.Sequential(Double(), nn.Conv2d(in_chans, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, recipe.num_classes)).double()
+    return nn.Sequential(Double(), nn.Conv2d(in_chans, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, recipe.num_classes)).double()
 
 
 if __name__ == "__main__":
     runs.launch = partial(runs.launch, module="killed_run")         # --gpus 2: the processes are to be of this kind too
-    if "PHASE" in os.environ: marked("_save", "saving"); marked("evaluate", "evaluating"); marked("train_step", "training"); keep_momentum()
+    if "PHASE" in os.environ:
+        marked("_save", "saving")
+        marked("evaluate", "evaluating")
+        marked("train_step", "training")
+        keep_momentum()
     if os.environ.get("NET") == "plain": training.build_model = runs.build_model = plain_net
     sys.exit(cli.train())

@@ -3,7 +3,8 @@
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb unpacked
     python tests/make_fashion.py unpacked/usr/share/datasets/fashion-mnist
 
-Balanced over the ten classes: 6,000 pictures for training and 4,000 for choosing, both from the official training set and
+Balanced over the ten classes: 6,000 pictures for training and 4,000 for choosing, both from the official training set
+and
 disjoint, and 5,000 for testing from the official test set. Which ones is fixed by one seeded permutation.
 """
 import gzip
@@ -15,11 +16,13 @@ import numpy as np
 
 CLASSES = 10
 OUT = Path(__file__).parents[1]/"repopt"/"assets"/"data"/"fashion.npz"
-SHA256 = "441deab73a56ca666ef9b423f18b7f447d042208ad5088db9b40c79578c957d4"        # of the arrays, in the order of their names
+# of the arrays, in the order of their names
+SHA256 = "441deab73a56ca666ef9b423f18b7f447d042208ad5088db9b40c79578c957d4"
 
 
 def idx(path: Path) -> np.ndarray:
-    """The array in a gzipped IDX file of bytes: two zero bytes, the type 8, the number of dimensions, their sizes, the data."""
+    """The array in a gzipped IDX file of bytes: two zero bytes, the type 8, the number of dimensions, their sizes, the
+    data."""
     raw = gzip.decompress(path.read_bytes())
     if raw[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is not an IDX file of bytes: it begins with {raw[:4]!r}")
@@ -45,7 +48,8 @@ def digest(arrays: dict) -> str:
 
 
 def main(source: str) -> None:
-    (x, y), (tx, ty) = ((idx(Path(source)/f"{part}-images-idx3-ubyte.gz"), idx(Path(source)/f"{part}-labels-idx1-ubyte.gz"))
+    (x, y), (tx, ty) = ((idx(Path(source)/f"{part}-images-idx3-ubyte.gz"),
+                         idx(Path(source)/f"{part}-labels-idx1-ubyte.gz"))
                         for part in ("train", "t10k"))
     train, choose = balanced(y, 6000, 4000)
     test, = balanced(ty, 5000)
@@ -53,7 +57,8 @@ def main(source: str) -> None:
     for name, images, labels, i in (("train", x, y, train), ("choose", x, y, choose), ("test", tx, ty, test)):
         arrays |= {f"{name}_images": images[i], f"{name}_labels": labels[i]}
     if digest(arrays) != SHA256:
-        raise SystemExit(f"these pictures have the sha256 {digest(arrays)}, expected {SHA256}: another edition of the data set")
+        raise SystemExit(f"these pictures have the sha256 {digest(arrays)}, expected {SHA256}: another edition of the "
+                         f"data set")
     np.savez_compressed(OUT, **arrays)
 
 

@@ -1,4 +1,5 @@
-"""`make test`: nbdev_test on every notebook, then pytest on tests/; closes with 'N passed, N failed' counted from what ran.
+"""`make test`: nbdev_test on every notebook, then pytest on tests/; closes with 'N passed, N failed' counted from what
+ran.
 
 nbdev_test prints only 'Success.', and exits 0 where it found nothing to test; here every notebook must be seen to
 complete. What was slowest is said before the last line, notebooks and tests together.
@@ -8,17 +9,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOK = r"(\d.*|[a-z]_.*|index)\.ipynb"                                   # not what papermill was told to write there
+NOTEBOOK = r"(\d.*|[a-z]_.*|index)\.ipynb"  # not what papermill was told to write there
 
 
 def project_notebooks():
     "The notebooks in nbs/ that are the project's"
-    return sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name) and ".ipynb_checkpoints" not in p.parts)
+    return sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if re.fullmatch(NOTEBOOK, p.name)
+                  and ".ipynb_checkpoints" not in p.parts)
 
 
 def stream(*command):
     "Run `command`, pass its output through as it comes, and give back (return code, output)."
-    p = subprocess.Popen([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    p = subprocess.Popen([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
     lines = []
     for line in p.stdout:
         print(line, end="", flush=True)
@@ -53,7 +56,8 @@ def pytests(jobs):
 
 
 if __name__ == "__main__":
-    os.environ["REPOPT_BUILD"] = tempfile.mkdtemp(prefix="repopt-test-")     # notebooks share their short runs; nothing is found from before
+    # notebooks share their short runs; nothing is found from before
+    os.environ["REPOPT_BUILD"] = tempfile.mkdtemp(prefix="repopt-test-")
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--jobs", type=int, default=2, help="notebooks, and then files of tests/, at a time")
     jobs, start = args.parse_args().jobs, time.time()

@@ -1,4 +1,6 @@
-"""RepOptimizers in the hands of others: Lightning, accelerate, timm, torch's lists of inputs; and nets as people write them."""
+"""RepOptimizers in the hands of others: Lightning, accelerate, timm, torch's lists of inputs.
+
+And nets as people write them."""
 import copy
 
 import pytest
@@ -6,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-with pytest.MonkeyPatch.context() as m:                                # that import forbids, to all tests, to set backends' flags
+with pytest.MonkeyPatch.context() as m:  # that import forbids, to all tests, to set backends' flags
     m.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_optimizers import optim_db
 
 from repopt.csla import CSLA, Block
 from repopt.grad_mult import constants, named_branch
 from repopt.search import to_hyper_search
-from repopt.optim import RULES, RepAdamW, RepSGD, attach, check_equivalence, clip_grad_norm_, param_groups, rep_optimizer
+from repopt.optim import (RULES, RepAdamW, RepSGD, attach, check_equivalence, clip_grad_norm_, param_groups,
+                          rep_optimizer)
 from repopt.scales import Scales, extract_scales
 
 SGD = dict(lr=.05, momentum=.9, nesterov=True)
@@ -192,7 +195,8 @@ def test_the_clipped_norm_is_that_of_the_branches(make):
         M = 1.
         if n in scales:
             alphas = constants(scales[n])
-            M = Block(model.get_submodule(n.removesuffix(".weight")), {b: named_branch(b) for b in alphas}, alphas).grad_mult()
+            M = Block(model.get_submodule(n.removesuffix(".weight")), {b: named_branch(b) for b in alphas},
+                      alphas).grad_mult()
         want += float((M*p.grad.square()).sum())
     assert float(clip_grad_norm_(opt, 1e9)) == pytest.approx(want**.5, rel=1e-12)
     clip_grad_norm_(opt, .01)
@@ -234,7 +238,9 @@ def trained(cls, inputs, wrap, **kw):
 
 @pytest.mark.parametrize("cls", DB, ids=lambda c: c.__name__)
 def test_every_input_of_torchs_lists(cls):
-    "With scales of 1 and no other branch it is torch's own; with any scales the explicit branches'. What it refuses it names."
+    """With scales of 1 and no other branch it is torch's own; with any scales the explicit branches'.
+
+    What it refuses it names."""
     conv = nn.Conv2d(4, 4, 3, padding=1).double()
     ones, some = Scales({"weight": dict(conv=torch.ones(4, dtype=torch.float64))}), some_scales(nn.Sequential(conv))
     some, named = Scales({"weight": some["0.weight"]}), lambda c: c.named_parameters()
@@ -359,7 +365,8 @@ def test_the_doctor_cannot_tell_where_rounding_explains_all():
 
 
 @pytest.mark.filterwarnings("ignore:.*convs have no Hyper-Search block")
-@pytest.mark.parametrize("name,size", [("edgenext_xx_small", 64), ("resnetv2_50d_gn", 64), ("tf_efficientnet_lite0", 32),
+@pytest.mark.parametrize("name,size",
+                         [("edgenext_xx_small", 64), ("resnetv2_50d_gn", 64), ("tf_efficientnet_lite0", 32),
                                        ("test_convnext", 32), ("test_byobnet", 32)])
 def test_timm_nets_are_searched_as_they_are(name, size):
     "A few layers of each kind: subclasses of Conv2d, kernels read by the net, 4-d parameters of no conv"

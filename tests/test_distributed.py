@@ -13,25 +13,32 @@ from repopt.scales import Scales, extract_scales
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double()
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Tanh(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double()
 
 
 def scales():
     g = torch.Generator().manual_seed(1)
-    return Scales({f"{i}.weight": {n: torch.randn(8, generator=g, dtype=torch.float64) for n in rep_branches(net()[i])} for i in (0, 2)})
+    return Scales({f"{i}.weight": {n: torch.randn(8, generator=g, dtype=torch.float64) for n in rep_branches(net()[i])}
+                   for i in (0, 2)})
 
 
 def batches(n=6):
     g = torch.Generator().manual_seed(2)
-    return [(torch.randn(8, 3, 8, 8, generator=g, dtype=torch.float64), torch.randint(5, (8,), generator=g)) for _ in range(n)]
+    return [(torch.randn(8, 3, 8, 8, generator=g, dtype=torch.float64), torch.randint(5, (8,), generator=g))
+            for _ in range(n)]
 
 
-MAKE = dict(sgd=lambda p: RepSGD(p, lr=.1, momentum=.9, nesterov=True, weight_decay=1e-2, scales=scales()), adamw=lambda p: RepAdamW(p, lr=1e-2, scales=scales()))
+MAKE = dict(sgd=lambda p: RepSGD(p, lr=.1, momentum=.9, nesterov=True, weight_decay=1e-2, scales=scales()),
+            adamw=lambda p: RepAdamW(p, lr=1e-2, scales=scales()))
 
 
 def train(model, make, data):
     opt = make(model.named_parameters())
-    for x, y in data: opt.zero_grad(); nn.functional.cross_entropy(model(x), y).backward(); opt.step()
+    for x, y in data:
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
     return opt
 
 
@@ -47,7 +54,8 @@ def worker(rank, folder, how, which):
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         else: model = nn.parallel.DistributedDataParallel(model)
         train(model, MAKE[which], data)
-        full = {n.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()}
+        full = {n.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+                for n, p in model.named_parameters()}
         torch.save(full, f"{folder}/{rank}.pt")
     finally: dist.destroy_process_group()
 
@@ -55,9 +63,12 @@ def worker(rank, folder, how, which):
 @pytest.mark.parametrize("which", MAKE)
 @pytest.mark.parametrize("how,tolerance", [("same", 0), ("halves", 1e-12), ("fsdp2", 1e-12)])
 def test_two_processes_step_as_one(tmp_path, how, tolerance, which):
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     mp.spawn(worker, (str(tmp_path), how, which), nprocs=2)
-    one = net(); train(one, MAKE[which], batches()); torch.set_num_threads(threads)
+    one = net()
+    train(one, MAKE[which], batches())
+    torch.set_num_threads(threads)
     a, b = (torch.load(tmp_path/f"{r}.pt") for r in (0, 1))
     for n, p in one.named_parameters():
         assert torch.equal(a[n], b[n]), f"{n}: the ranks differ"
@@ -105,8 +116,9 @@ def attached(params):
     return opt
 
 
-AROUND = dict(sgd=MAKE["sgd"], adamw=MAKE["adamw"], asgd=lambda p: RepASGD(p, lr=.1, scales=scales()), attached=attached,
-              stretched=lambda p: rep_optimizer(torch.optim.Adam, "update")(p, lr=.01, scales=scales()))
+AROUND = dict(sgd=MAKE["sgd"], adamw=MAKE["adamw"], asgd=lambda p: RepASGD(p, lr=.1, scales=scales()),
+              attached=attached, stretched=lambda p: rep_optimizer(torch.optim.Adam, "update")(
+                  p, lr=.01, scales=scales()))
 
 
 def norms(model, make):
@@ -126,7 +138,8 @@ def search_net():
 
 
 def test_around_the_step_of_a_sharded_net(tmp_path):
-    "Clipping, ASGD, attached scales, stretched updates, a start from the meta device and extraction: as in one process, or one line"
+    """Clipping, ASGD, attached scales, stretched updates, a start from the meta device and extraction: as in one
+    process, or one line."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     mp.spawn(sharded, (str(tmp_path),), nprocs=2)

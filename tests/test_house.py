@@ -1,11 +1,13 @@
-"""Two storeys: the library, repopt/*.py, and the laboratory, repopt/lab/*.py, which imports the library and is never imported by it."""
+"""Two storeys: the library, repopt/*.py, and the laboratory, repopt/lab/*.py, which imports the library and is never
+imported by it."""
 import ast, importlib.util, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in (ROOT/"repopt").rglob("*.py") if p.stem != "_modidx"}
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+           for p in (ROOT/"repopt").rglob("*.py") if p.stem != "_modidx"}
 DOOR = "repopt.__main__"
 
 
@@ -15,7 +17,8 @@ def imported(name) -> set:
     for n in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(n, ast.Import): found |= {a.name for a in n.names}
         elif isinstance(n, ast.ImportFrom):
-            base = ".".join(filter(None, [*package.split(".")[:len(package.split(".")) - n.level + 1]*bool(n.level), n.module]))
+            base = ".".join(filter(None, [*package.split(".")[:len(package.split(".")) - n.level + 1]*bool(n.level),
+                                          n.module]))
             found |= {m if (m := f"{base}.{a.name}") in MODULES else base for a in n.names}
     return {m for m in found if m in MODULES} - {name}
 
@@ -24,7 +27,8 @@ ARROWS = {m: imported(m) for m in MODULES}
 
 
 def test_the_arrows_are_seen():
-    assert {"repopt.csla", "repopt.grad_mult"} <= ARROWS["repopt.scales"] and {"repopt.scales", "repopt.lab.records"} <= ARROWS["repopt.lab.training"] | ARROWS["repopt.lab.cli"]
+    assert {"repopt.csla", "repopt.grad_mult"} <= ARROWS["repopt.scales"] and {
+        "repopt.scales", "repopt.lab.records"} <= ARROWS["repopt.lab.training"] | ARROWS["repopt.lab.cli"]
     assert ARROWS[DOOR] == {"repopt.lab.cli"} and len(MODULES) > 20
 
 
@@ -41,8 +45,10 @@ def test_no_arrow_comes_back():
 
 
 def test_the_library_works_without_the_laboratory():
-    code = ("import sys, importlib\nclass No:\n  def find_spec(self, name, *a):\n    if name.startswith('repopt.lab'): raise ImportError(name)\nsys.meta_path.insert(0, No())\n"
-            f"for m in {sorted(m for m in MODULES if not m.startswith('repopt.lab') and m != DOOR)!r}: importlib.import_module(m)\n")
+    code = ("import sys, importlib\nclass No:\n  def find_spec(self, name, *a):\n    if name.startswith('repopt.lab'): "
+            "raise ImportError(name)\nsys.meta_path.insert(0, No())\n"
+            f"for m in {sorted(m for m in MODULES if not m.startswith('repopt.lab') and m != DOOR)!r}: "
+            f"importlib.import_module(m)\n")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr
 
@@ -66,7 +72,8 @@ def test_every_module_has_its_notebook_and_every_notebook_a_name_of_its_own():
 
 def test_the_runner_and_make_see_every_notebook():
     pattern = runner().NOTEBOOK
-    tracked = subprocess.run(["git", "ls-files", "nbs"], cwd=ROOT, capture_output=True, text=True).stdout.split() or [str(p.relative_to(ROOT)) for p in books(ROOT)]
+    tracked = subprocess.run(["git", "ls-files", "nbs"], cwd=ROOT, capture_output=True,
+                             text=True).stdout.split() or [str(p.relative_to(ROOT)) for p in books(ROOT)]
     for p in tracked: assert not p.endswith(".ipynb") or re.fullmatch(pattern, Path(p).name), p
     code = f"from nbdev.doclinks import nbglob\nprint(*sorted(p.name for p in nbglob(None, as_path=True, file_re={f'^{pattern}$'!r})))"
     seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -76,11 +83,18 @@ def test_the_runner_and_make_see_every_notebook():
 
 
 def test_a_broken_cell_in_the_laboratory_is_a_failure(tmp_path):
-    (tmp_path/"nbs/lab").mkdir(parents=True); (tmp_path/"tests").mkdir(); (tmp_path/"repopt").mkdir()
-    shutil.copy(ROOT/"settings.ini", tmp_path); shutil.copy(ROOT/"tests/run.py", tmp_path/"tests")
-    def book(source): return json.dumps(dict(cells=[dict(cell_type="code", id="aaaa0000", metadata={}, execution_count=None, outputs=[], source=source)], nbformat=4, nbformat_minor=5,
-                                             metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))))
-    (tmp_path/"nbs/00_good.ipynb").write_text(book("1 + 1")); (tmp_path/"nbs/lab/a_bad.ipynb").write_text(book("assert 1 == 2"))
+    (tmp_path/"nbs/lab").mkdir(parents=True)
+    (tmp_path/"tests").mkdir()
+    (tmp_path/"repopt").mkdir()
+    shutil.copy(ROOT/"settings.ini", tmp_path)
+    shutil.copy(ROOT/"tests/run.py", tmp_path/"tests")
+    def book(source):
+        return json.dumps(dict(cells=[dict(cell_type="code", id="aaaa0000", metadata={}, execution_count=None,
+                                           outputs=[], source=source)], nbformat=4, nbformat_minor=5,
+                               metadata=dict(kernelspec=dict(name="python3", display_name="python3",
+                                                             language="python"))))
+    (tmp_path/"nbs/00_good.ipynb").write_text(book("1 + 1"))
+    (tmp_path/"nbs/lab/a_bad.ipynb").write_text(book("assert 1 == 2"))
     code = "import sys; sys.path.insert(0, 'tests'); import run; print('counted', *run.notebooks(1)[:2])"
     r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "counted 1 1" in r.stdout, r.stdout + r.stderr

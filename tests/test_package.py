@@ -1,4 +1,5 @@
-"""What no reader wants to read: that the package imports with what a bare GPU node has, and that a wheel carries its files."""
+"""What no reader wants to read: that the package imports with what a bare GPU node has, and that a wheel carries its
+files."""
 import json, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
@@ -7,16 +8,20 @@ import pytest
 from run import project_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(".".join(p.relative_to(ROOT/"repopt").with_suffix("").parts) for p in (ROOT/"repopt").rglob("*.py") if not p.stem.startswith("_"))
-LIGHT = ("torchvision", "torchao", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "pandas", "tqdm", "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
+MODULES = sorted(".".join(p.relative_to(ROOT/"repopt").with_suffix("").parts) for p in (ROOT/"repopt").rglob("*.py")
+                 if not p.stem.startswith("_"))
+LIGHT = ("torchvision", "torchao", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "pandas", "tqdm",
+         "IPython", "fastcore", "nbdev", "papermill", "snakemake", "timm", "scipy")
 
 
-def python(code, **kw): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **kw)
+def python(code, **kw):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **kw)
 
 
 def test_every_module_imports_with_torch_numpy_safetensors_and_yaml_alone():
     block = f"import sys\nclass No:\n  def find_spec(self, name, *a):\n    if name.split('.')[0] in {LIGHT!r}: raise ImportError('blocked: ' + name)\nsys.meta_path.insert(0, No())\n"
-    r = python(block + f"import importlib\nfor m in {MODULES!r}: importlib.import_module('repopt.' + m)\nimport repopt\nfor n in repopt.__all__: getattr(repopt, n)")
+    r = python(block + f"import importlib\nfor m in {MODULES!r}: importlib.import_module('repopt.' + m)\nimport "
+                       f"repopt\nfor n in repopt.__all__: getattr(repopt, n)")
     assert r.returncode == 0, r.stderr
 
 
@@ -27,10 +32,12 @@ def test_every_name_of_the_package_exists():
 
 
 def test_wheel_carries_recipes(tmp_path):
-    source = tmp_path/"source"; source.mkdir()                               # setuptools builds in the source tree: not in ours
+    source = tmp_path/"source"
+    source.mkdir()                               # setuptools builds in the source tree: not in ours
     for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, source)
     shutil.copytree(ROOT/"repopt", source/"repopt")
-    r = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path,
+                        source], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for p in (ROOT/"repopt"/"assets").rglob("*.*"): assert str(p.relative_to(ROOT)) in names
@@ -40,14 +47,19 @@ def test_wheel_carries_recipes(tmp_path):
 
 @pytest.mark.parametrize("command", "search train plan quantize speed data scales records report".split())
 def test_command_lines_say_how_they_are_used(command):
-    r = subprocess.run([sys.executable, "-W", "error", "-m", "repopt", command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    r = subprocess.run([sys.executable, "-W", "error", "-m", "repopt", command, "--help"], capture_output=True,
+                       text=True, cwd=ROOT)
     assert r.returncode == 0 and f"python -m repopt {command}" in r.stdout, r.stderr
 
 
-@pytest.mark.parametrize("command,args", [("train", ["--recipe", "nosuch"]), ("search", ["--recipe", "digits", "--set", "lr=fast"]),
-                                         ("train", ["--recipe", "digits", "--model", "repoptvgg_z1"]), ("train", ["--recipe", "digits", "--optimizer", "repsgd"]), ("speed", ["--infer", "vgg99"])])
+@pytest.mark.parametrize("command,args",
+                         [("train", ["--recipe", "nosuch"]), ("search", ["--recipe", "digits", "--set", "lr=fast"]),
+                                         ("train", ["--recipe", "digits", "--model", "repoptvgg_z1"]),
+                                         ("train", ["--recipe", "digits", "--optimizer", "repsgd"]),
+                                         ("speed", ["--infer", "vgg99"])])
 def test_bad_input_exits_2_and_says_why(command, args, tmp_path):
-    r = subprocess.run([sys.executable, "-m", "repopt", command, *args], capture_output=True, text=True, cwd=ROOT, env={**__import__("os").environ, "REPOPT_BUILD": str(tmp_path)})
+    r = subprocess.run([sys.executable, "-m", "repopt", command, *args], capture_output=True, text=True, cwd=ROOT,
+                       env={**__import__("os").environ, "REPOPT_BUILD": str(tmp_path)})
     assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
 
 

@@ -92,7 +92,8 @@ def test_what_papermill_is_told_to_write_is_ignored_and_notebooks_are_not():
     ignored = lambda *paths: do("git", "check-ignore", "--no-index", *paths).stdout.split()
     written = ["out.ipynb", "mine.ipynb", "nbs/out.ipynb", "nbs/b1.ipynb", "nbs/lab/out.ipynb"]
     assert ignored(*written) == written
-    assert not ignored("nbs/index.ipynb", *(f"nbs/{p.name}" for p in (ROOT/"nbs").glob("[0-9]*.ipynb")), *(f"nbs/lab/{p.name}" for p in (ROOT/"nbs/lab").glob("[a-z]_*.ipynb")))
+    assert not ignored("nbs/index.ipynb", *(f"nbs/{p.name}" for p in (ROOT/"nbs").glob("[0-9]*.ipynb")),
+                       *(f"nbs/lab/{p.name}" for p in (ROOT/"nbs/lab").glob("[a-z]_*.ipynb")))
 
 
 # make reproduce

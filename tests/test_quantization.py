@@ -1,4 +1,5 @@
-"""INT8 of nets as users have them, of batches as loaders give them, and of files that are judged by what they compute."""
+"""INT8 of nets as users have them, of batches as loaders give them, and of files that are judged by what they
+compute."""
 import copy, io, json, subprocess, sys
 from pathlib import Path
 
@@ -18,14 +19,17 @@ IMAGES = torch.rand(64, 3, 32, 32)
 LABELS = torch.randint(10, (64,))
 
 
-def small(*middle): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+def small(*middle):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 10)).eval()
 
 
 class Functional(nn.Module):
     "ReLU and addition as functions and in place, a norm that follows no conv"
     def __init__(self):
         super().__init__()
-        self.norm, self.a, self.b, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 10)
+        self.norm, self.a, self.b, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(
+            8, 8, 3, 1, 1), nn.Linear(8, 10)
 
     def forward(self, x):
         y = F.relu(self.a(self.norm(x)), inplace=True)
@@ -33,9 +37,11 @@ class Functional(nn.Module):
         return self.head(y.relu_().mean((2, 3)))
 
 
-NETS = dict(resnet18=lambda: torchvision.models.resnet18(num_classes=10), mobilenet=lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=.25),
-            sequential=lambda: small(nn.BatchNorm2d(8), nn.ReLU()), plain=lambda: small(nn.ReLU(inplace=True)), functional=Functional,
-            linear=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 16), nn.ReLU(), nn.Linear(16, 10)))
+NETS = dict(resnet18=lambda: torchvision.models.resnet18(num_classes=10),
+            mobilenet=lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=.25),
+            sequential=lambda: small(nn.BatchNorm2d(8), nn.ReLU()), plain=lambda: small(nn.ReLU(inplace=True)),
+            functional=Functional, linear=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 16), nn.ReLU(),
+                                                                nn.Linear(16, 10)))
 
 
 def settled(net):
@@ -53,7 +59,8 @@ def test_users_nets_become_int8_and_compute_what_they_did(name):
     net = settled(NETS[name]())
     before = copy.deepcopy(net.state_dict())
     with torch.no_grad(): want = net(IMAGES)
-    made = [quantize(net, IMAGES)] + ([quantize_aware(net, [(IMAGES, LABELS)], epochs=1, lr=1e-6)] if name in ("resnet18", "mobilenet", "functional") else [])
+    made = [quantize(net, IMAGES)] + ([quantize_aware(net, [(IMAGES, LABELS)], epochs=1, lr=1e-6)]
+                                      if name in ("resnet18", "mobilenet", "functional") else [])
     for got in (q(IMAGES) for q in made):
         assert F.cosine_similarity(got.flatten(), want.flatten(), 0) > .6, name
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
@@ -66,8 +73,10 @@ def test_resnet50_too():
 
 
 def batches(kind):
-    return dict(tensor=IMAGES, ones=[(x[None], y[None]) for x, y in zip(IMAGES, LABELS)], dicts=[dict(pixel_values=IMAGES, labels=LABELS)],
-                double=[(IMAGES.double(), LABELS)], no_labels=[(IMAGES, None)], images=[IMAGES[:32], IMAGES[32:]], ragged=[(IMAGES[:63], LABELS[:63]), (IMAGES[63:], LABELS[63:])])[kind]
+    return dict(tensor=IMAGES, ones=[(x[None], y[None]) for x, y in zip(IMAGES, LABELS)],
+                dicts=[dict(pixel_values=IMAGES, labels=LABELS)], double=[(IMAGES.double(), LABELS)],
+                no_labels=[(IMAGES, None)], images=[IMAGES[:32], IMAGES[32:]],
+                ragged=[(IMAGES[:63], LABELS[:63]), (IMAGES[63:], LABELS[63:])])[kind]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "ones", "dicts", "double", "no_labels", "images", "ragged"])
@@ -78,15 +87,21 @@ def test_batches_as_loaders_give_them(kind):
     if kind == "ragged": quantize_aware(net, batches(kind), epochs=1)(IMAGES)
 
 
-@pytest.mark.parametrize("loader,why", [(None, "must be batches"), ("train", "must be batches"), ([None], "a batch must be"), ([(LABELS, LABELS)], "a batch must be"),
-                                        ([dict(a=IMAGES, b=IMAGES)], "2 floating-point tensors"), ([IMAGES[:32], IMAGES[:32, :, :16]], "several sizes"), ([IMAGES[:8]], "too few"),
-                                        (IMAGES*float("nan"), "not finite")])
+@pytest.mark.parametrize("loader,why",
+                         [(None, "must be batches"), ("train", "must be batches"), ([None], "a batch must be"),
+                          ([(LABELS, LABELS)], "a batch must be"),
+                                        ([dict(a=IMAGES, b=IMAGES)], "2 floating-point tensors"),
+                                        ([IMAGES[:32], IMAGES[:32, :, :16]], "several sizes"),
+                                        ([IMAGES[:8]], "too few"), (IMAGES*float("nan"), "not finite")])
 def test_batches_that_mean_nothing_are_refused(loader, why):
     with pytest.raises(QuantizationError, match=why): quantize(small(), loader)
 
 
-@pytest.mark.parametrize("net,why", [(lambda: small().double(), "call .float"), (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()).eval(), "no conv and no linear|not logits"),
-                                     (lambda: nn.Conv2d(3, 8, 3).eval(), "not logits"), (lambda: "net", "takes a net"), (lambda: small().train(), "call .eval")])
+@pytest.mark.parametrize("net,why",
+                         [(lambda: small().double(), "call .float"),
+                          (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()).eval(), "no conv and no linear|not logits"),
+                                     (lambda: nn.Conv2d(3, 8, 3).eval(), "not logits"), (lambda: "net", "takes a net"),
+                                     (lambda: small().train(), "call .eval")])
 def test_nets_that_cannot_be_int8_are_refused(net, why):
     with pytest.raises(QuantizationError, match=why): quantize(net(), IMAGES)
 
@@ -103,7 +118,9 @@ def test_an_int8_net_says_which_images_it_takes_and_survives_copies():
     for x in (IMAGES[:, :, :16], IMAGES.byte(), None):
         with pytest.raises(QuantizationError, match="takes floating-point images"): q(x)
     want = q(IMAGES)
-    assert torch.equal(q(IMAGES.double()), want) and torch.equal(copy.deepcopy(q)(IMAGES), want) and torch.allclose(q(IMAGES[:1]), want[:1], atol=1e-6)
+    assert torch.equal(q(IMAGES.double()), want) and torch.equal(copy.deepcopy(q)(IMAGES),
+                                                                 want) and torch.allclose(
+                                                                     q(IMAGES[:1]), want[:1], atol=1e-6)
     torch.save(q.state_dict(), io.BytesIO())
     with pytest.raises(QuantizationError, match="export_int8"): torch.save(q, io.BytesIO())
 
@@ -123,7 +140,8 @@ def test_a_file_is_judged_by_pairs_and_by_logits(tmp_path, monkeypatch):
         return export_int8(q, tmp_path/"net.onnx", [(torch.rand(n, 3, 32, 32), labels)])
     for good in (dict(lost=2), dict(won=2), dict(lost=1, won=1)):
         found = judged(**good)
-        assert (found["worse"], found["better"]) == (good.get("lost", 0), good.get("won", 0)) and Path(found["path"]).exists()
+        assert (found["worse"], found["better"]) == (good.get("lost", 0),
+                                                     good.get("won", 0)) and Path(found["path"]).exists()
         Path(found["path"]).unlink()
     for bad in (dict(lost=20), dict(factor=1.2), dict(factor=float("nan"))):
         with pytest.raises(QuantizationError, match="nothing written"): judged(**bad)
@@ -138,15 +156,23 @@ def test_chance_is_mcnemars_exact_test():
 
 
 def test_one_seed_gives_no_verdict():
-    record = dict(metrics=dict(layers={s: {int8.SAMPLED: {k: 1. for k in ("overall", "central", "surrounding", "max_over_std")}}
-                                       for s in ("before fusing BN", "after fusing BN", "after branch addition", "kernel", "kernel, BN folded")}))
+    record = dict(metrics=dict(layers={s: {int8.SAMPLED: {k: 1.
+                                                          for k in ("overall", "central", "surrounding",
+                                                                    "max_over_std")}}
+                                       for s in ("before fusing BN", "after fusing BN", "after branch addition",
+                                                 "kernel", "kernel, BN folded")}))
     assert {r["verdict"] for r in int8.observations([record], [record])} == {"one seed: none"}
     assert {r["verdict"] for r in int8.observations([record]*2, [record]*2)} <= {"holds", "refuted", "mixed"}
 
 
-@pytest.mark.parametrize("argv,why", [("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"), ("--runs .", "unknown finished run"), ("--runs ../runs", "unknown finished run"),
-                                      ("--runs 0123456789", "a Hyper-Search"), ("--runs broken0000", "damaged"), ("--speed b1 --size -3", "--size -3"), ("--runs a --qat-rate nan", "--qat-rate nan"),
-                                      ("--runs a --out /proc/x", "--out"), ("--nosuch", "nosuch"), ("--speed repoptvgg_z9", "z9")])
+@pytest.mark.parametrize("argv,why",
+                         [("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"),
+                          ("--runs .", "unknown finished run"), ("--runs ../runs", "unknown finished run"),
+                                      ("--runs 0123456789", "a Hyper-Search"), ("--runs broken0000", "damaged"),
+                                      ("--speed b1 --size -3", "--size -3"),
+                                      ("--runs a --qat-rate nan", "--qat-rate nan"),
+                                      ("--runs a --out /proc/x", "--out"), ("--nosuch", "nosuch"),
+                                      ("--speed repoptvgg_z9", "z9")])
 def test_the_command_line_refuses_in_one_line(argv, why, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("REPOPT_BUILD", str(tmp_path))
     for name, text in {"0123456789": json.dumps(dict(asked=dict(mode="hs"))), "broken0000": "{"}.items():
@@ -157,6 +183,7 @@ def test_the_command_line_refuses_in_one_line(argv, why, tmp_path, monkeypatch, 
 
 
 def test_a_missing_package_is_named(tmp_path):
-    code = ("import sys; sys.modules['torchao'] = None\nfrom repopt.lab.int8 import main\nsys.exit(main(['--speed', 'repoptvgg_a0']))")
+    code = ("import sys; sys.modules['torchao'] = None\nfrom repopt.lab.int8 import main\nsys.exit(main(['--speed', "
+            "'repoptvgg_a0']))")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 2 and "pip install torchao" in r.stderr and "Traceback" not in r.stderr, r.stderr

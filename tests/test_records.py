@@ -1,4 +1,6 @@
-"""Records that are none: copied, edited, damaged, of other formats. Each is refused by the name of its file; none is counted, and none dropped in silence."""
+"""Records that are none: copied, edited, damaged, of other formats.
+
+Each is refused by the name of its file; none is counted, and none dropped in silence."""
 import json, re, subprocess, sys
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 from repopt.lab import records
 
 ROOT = Path(__file__).resolve().parents[1]
-ASKED = dict(recipe=dict(name="digits", epochs=2), model="toy", mode="target", optimizer="sgd", seed=0, data=dict(name="digits", sha256="0", channels=1))
+ASKED = dict(recipe=dict(name="digits", epochs=2), model="toy", mode="target", optimizer="sgd", seed=0,
+             data=dict(name="digits", sha256="0", channels=1))
 
 
 def made(**change):
@@ -30,14 +33,19 @@ def folder(tmp_path):
 NAN, INF = float("nan"), float("inf")
 WRONG = {
     "another id": made(id="0123456789"), "id of another type": made(id=7), "metrics nan": made(metrics=dict(top1=NAN)),
-    "metrics inf": made(metrics=dict(loss=INF)), "metrics text": made(metrics=dict(top1="91")), "metrics nested nan": made(metrics=dict(q=[1., NAN])),
-    "metrics list": made(metrics=[91.]), "a percentage of 9100": made(metrics=dict(top1=9100.)), "epochs nan": made(epochs=[dict(top1=NAN)]),
-    "epochs text": made(epochs=[dict(top1="50")]), "epochs of numbers": made(epochs=[1, 2]), "epochs dict": made(epochs={}),
-    "status in capitals": made(status="Done"), "status bool": made(status=True), "experiment": made(experiment="trian"), "format text": made(format="1"),
-    "format true": made(format=True), "format of tomorrow": made(format=2), "asked list": made(asked=[]), "where text": made(where="here"),
-    "where without hardware type": made(where=dict(hardware=3, seconds=1.)), "seed text": asked(seed="0"), "seed true": asked(seed=True),
-    "model list": asked(model=["toy"]), "data text": asked(data="digits"), "recipe list": asked(recipe=["digits"]), "a list": [made()], "a number": 3, "null": None,
-    **{f"no {k}": {a: b for a, b in made().items() if a != k} for k in ("id", "experiment", "status", "asked", "metrics", "epochs", "where", "format")}}
+    "metrics inf": made(metrics=dict(loss=INF)), "metrics text": made(metrics=dict(top1="91")),
+    "metrics nested nan": made(metrics=dict(q=[1., NAN])), "metrics list": made(metrics=[91.]),
+    "a percentage of 9100": made(metrics=dict(top1=9100.)), "epochs nan": made(epochs=[dict(top1=NAN)]),
+    "epochs text": made(epochs=[dict(top1="50")]), "epochs of numbers": made(epochs=[1, 2]),
+    "epochs dict": made(epochs={}), "status in capitals": made(status="Done"), "status bool": made(status=True),
+    "experiment": made(experiment="trian"), "format text": made(format="1"),
+    "format true": made(format=True), "format of tomorrow": made(format=2), "asked list": made(asked=[]),
+    "where text": made(where="here"), "where without hardware type": made(where=dict(hardware=3, seconds=1.)),
+    "seed text": asked(seed="0"), "seed true": asked(seed=True),
+    "model list": asked(model=["toy"]), "data text": asked(data="digits"), "recipe list": asked(recipe=["digits"]),
+    "a list": [made()], "a number": 3, "null": None,
+    **{f"no {k}": {a: b for a, b in made().items() if a != k}
+       for k in ("id", "experiment", "status", "asked", "metrics", "epochs", "where", "format")}}
 
 
 @pytest.mark.parametrize("why", WRONG)
@@ -50,16 +58,20 @@ def test_a_wrong_record_is_refused_by_the_name_of_its_file(folder, why):
     with pytest.raises(ValueError, match=re.escape(name)): records.find("train", out)
 
 
-@pytest.mark.parametrize("name", ["copy.json", "train-digits-copy.json", "train-cifar-{id}.json", "search-digits-{id}.json", "train-digits-{id} (1).json"])
+@pytest.mark.parametrize("name",
+                         ["copy.json", "train-digits-copy.json", "train-cifar-{id}.json", "search-digits-{id}.json",
+                          "train-digits-{id} (1).json"])
 def test_a_copied_record_does_not_count_twice(folder, name):
     out, good = folder
     (good.parent/name.format(id=made()["id"])).write_text(good.read_text())
     with pytest.raises(ValueError, match="a copy counts once"): records.find("train", out)
 
 
-HARM = dict(half=lambda p: p.write_text(p.read_text()[:200]), empty=lambda p: p.write_text(""), bytes=lambda p: p.write_bytes(b"\xff\xfe\x00"),
-            twice=lambda p: p.write_text(p.read_text().replace('"id":', '"status": "failed",\n "id":', 1)), folder=lambda p: (p.unlink(), p.mkdir()),
-            dangling=lambda p: (p.unlink(), p.symlink_to("nowhere.json")), deep=lambda p: p.write_text("["*100000))
+HARM = dict(half=lambda p: p.write_text(p.read_text()[:200]), empty=lambda p: p.write_text(""),
+            bytes=lambda p: p.write_bytes(b"\xff\xfe\x00"),
+            twice=lambda p: p.write_text(p.read_text().replace('"id":', '"status": "failed",\n "id":', 1)),
+            folder=lambda p: (p.unlink(), p.mkdir()), dangling=lambda p: (p.unlink(), p.symlink_to("nowhere.json")),
+            deep=lambda p: p.write_text("["*100000))
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -94,17 +106,23 @@ def test_nothing_wrong_is_written(tmp_path):
 
 
 def test_the_committed_records_are_records():
-    assert all(records.arrays(r) for r in records.load_all(ROOT/"figures") if Path(r["path"]).with_suffix(".npz").exists())
+    assert all(records.arrays(r) for r in records.load_all(ROOT/"figures")
+               if Path(r["path"]).with_suffix(".npz").exists())
 
 
 def fail(e): raise e
 
 
-ENDS = [(lambda: fail(ValueError("lr=fast")), 2, "error: lr=fast\n"), (lambda: open("/proc/x/y", "w"), 2, "error: /proc/x/y: No such file or directory\n"),
-        (lambda: __import__("sklern"), 2, "pip install sklern\n"), (lambda: fail(records.BrokenOff("nan")), 1, "error: nan\n"),
-        (lambda: fail(KeyboardInterrupt()), 130, "interrupted\n"), (lambda: fail(MemoryError()), 1, "error: MemoryError\n"),
-        (lambda: fail(ValueError("Caught X\nTraceback (most recent call last):\n  …\nDataError: no picture")), 2, "error: no picture\n"),
-        (lambda: records.Parser(prog="x").parse_args(["--no"]), 2, "error: unrecognized arguments: --no (see x --help)\n")]
+ENDS = [(lambda: fail(ValueError("lr=fast")), 2, "error: lr=fast\n"),
+        (lambda: open("/proc/x/y", "w"), 2, "error: /proc/x/y: No such file or directory\n"),
+        (lambda: __import__("sklern"), 2, "pip install sklern\n"),
+        (lambda: fail(records.BrokenOff("nan")), 1, "error: nan\n"),
+        (lambda: fail(KeyboardInterrupt()), 130, "interrupted\n"),
+        (lambda: fail(MemoryError()), 1, "error: MemoryError\n"),
+        (lambda: fail(ValueError("Caught X\nTraceback (most recent call last):\n  …\nDataError: no picture")), 2,
+         "error: no picture\n"),
+        (lambda: records.Parser(prog="x").parse_args(["--no"]), 2, "error: unrecognized arguments: --no (see x "
+                                                                   "--help)\n")]
 
 
 @pytest.mark.parametrize("work,code,says", ENDS)

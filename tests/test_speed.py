@@ -1,4 +1,5 @@
-"""The GPU's side of `python -m repopt speed`, with a stand-in for the card: what is asked, searched for, written and said when memory or time run out."""
+"""The GPU's side of `python -m repopt speed`, with a stand-in for the card: what is asked, searched for, written and
+said when memory or time run out."""
 import json
 from types import SimpleNamespace
 
@@ -13,9 +14,14 @@ from repopt.lab.recipes import Recipe
 
 @pytest.fixture
 def card(monkeypatch):
-    "torch.cuda as far as the module asks it, with a card on which a batch of more than 5 is out of memory; tensors and clocks are the CPU's"
-    cuda = dict(get_device_properties=lambda i=0: SimpleNamespace(total_memory=2**24), set_per_process_memory_fraction=lambda f: asked.append(f), reset_peak_memory_stats=lambda: None, synchronize=lambda: None,
-                empty_cache=lambda: None, memory_allocated=lambda: 0, max_memory_allocated=lambda: 7, max_memory_reserved=lambda: 8, memory_reserved=lambda: 0, mem_get_info=lambda: (2**30, 2**33))
+    """torch.cuda as far as the module asks it, with a card on which a batch of more than 5 is out of memory.
+
+    Tensors and clocks are the CPU's."""
+    cuda = dict(get_device_properties=lambda i=0: SimpleNamespace(total_memory=2**24),
+                set_per_process_memory_fraction=lambda f: asked.append(f), reset_peak_memory_stats=lambda: None,
+                synchronize=lambda: None, empty_cache=lambda: None, memory_allocated=lambda: 0,
+                max_memory_allocated=lambda: 7, max_memory_reserved=lambda: 8, memory_reserved=lambda: 0,
+                mem_get_info=lambda: (2**30, 2**33))
     for k, v in cuda.items(): monkeypatch.setattr(torch.cuda, k, v)
     asked, opened, step = [], speed.Work.open, speed.Work.__call__
     def on_cpu(self):
@@ -27,7 +33,8 @@ def card(monkeypatch):
     monkeypatch.setattr(speed, "accelerator", lambda: "cuda")
     monkeypatch.setattr(speed, "ceilings", lambda *a: dict(fp32=1e9, tf32=2e9, bf16=3e9, copy=1e9))
     monkeypatch.setattr(speed, "TABLE3", {"repoptvgg_digits": (32, 2)})
-    monkeypatch.setattr(speed.Work, "open", on_cpu); monkeypatch.setattr(speed.Work, "__call__", small)
+    monkeypatch.setattr(speed.Work, "open", on_cpu)
+    monkeypatch.setattr(speed.Work, "__call__", small)
     return asked
 
 
@@ -36,10 +43,13 @@ def test_rows_of_a_gpu(card, tmp_path, capsys):
     assert speed.main([*argv.split(), "--out", str(tmp_path)]) == 0
     found = [json.loads(p.read_text()) for p in (tmp_path/"runs").glob("*.json")]
     batches = {(r["asked"]["model"], r["asked"]["cap"]): r["metrics"] for r in found if r["experiment"] == "max_batch"}
-    assert {k: m["max_batch"] for k, m in batches.items()} == {(f"{f}_digits", cap): 5 for f in ("repvgg", "repoptvgg") for cap in (.01, None)}
+    assert {k: m["max_batch"] for k, m in batches.items()} == {(f"{f}_digits", cap): 5 for f in ("repvgg", "repoptvgg")
+                                                               for cap in (.01, None)}
     assert all((m["allocated"], m["reserved"]) == (7, 8) for m in batches.values()) and 1. in card and min(card) < 1
-    timed = {(r["asked"]["model"], str(r["asked"]["batch"]), r["asked"].get("cap")): r["metrics"]["images"] for r in found if r["experiment"] == "train_speed"}
-    assert timed == {(f"{f}_digits", b, c): n for f in ("repvgg", "repoptvgg") for b, c, n in (("2", None, 2), ("max", .01, 5), ("max", None, 5))}
+    timed = {(r["asked"]["model"], str(r["asked"]["batch"]), r["asked"].get("cap")): r["metrics"]["images"]
+             for r in found if r["experiment"] == "train_speed"}
+    assert timed == {(f"{f}_digits", b, c): n for f in ("repvgg", "repoptvgg")
+                     for b, c, n in (("2", None, 2), ("max", .01, 5), ("max", None, 5))}
     assert sum(r["experiment"] == "throughput" for r in found) == 1
     out = capsys.readouterr()
     assert "measured" not in out.out and out.out.count("largest batch") == 4 and "something else holds 7.0 GB" in out.err

@@ -1,4 +1,6 @@
-"""What no training run can mean is refused before anything is made, with a line; and what runs through, does so in the right numbers."""
+"""What no training run can mean is refused before anything is made, with a line.
+
+And what runs through, does so in the right numbers."""
 import json, os, signal, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +36,16 @@ def said(capsys, *words):
     return err
 
 
-VALUES = dict(momentum=[2, -.1, 1, "fast"], weight_decay=[-1e-5, NAN], label_smoothing=[-.1, 1, -1, 2], warmup_epochs=[-1, INF], lr=[NAN, INF, -INF, 0, -1, "fast", True],
-              test_size=[-5, 0, 8.5], bn_batch=[0, -32], clip_norm=[0, -5, NAN], image_size=[0, -8], num_classes=[0], batch_size=[0, 2.5, True], lr_batch=[0, -1],
-              epochs=[0, -1, .5], test_epochs=[0], ema_decay=[0, 1, -1, NAN], accumulate=[0, -2, 1.5, 3], strides=["2,2", [2, 2, 2, 2, 0], [1, 2, 2, 2, -1], "a,b,c,d,e", 2, [1.5]*5],
-              nesterov=[1, "yes"], compile=[1, 0, "yes"], channels_last=[1, "no"], schedule=["cosin", 3], augment=["flip"], precision=["fp16"], scale_init=["one"], init=["he"],
-              identity=["two"], optimizer=[3], model=[3, True], name=["../x", "/abs", "a/b", "", ".x", "x\ny"], data=[3])
+VALUES = dict(momentum=[2, -.1, 1, "fast"], weight_decay=[-1e-5, NAN], label_smoothing=[-.1, 1, -1, 2],
+              warmup_epochs=[-1, INF], lr=[NAN, INF, -INF, 0, -1, "fast", True],
+              test_size=[-5, 0, 8.5], bn_batch=[0, -32], clip_norm=[0, -5, NAN], image_size=[0, -8], num_classes=[0],
+              batch_size=[0, 2.5, True], lr_batch=[0, -1], epochs=[0, -1, .5], test_epochs=[0],
+              ema_decay=[0, 1, -1, NAN], accumulate=[0, -2, 1.5, 3],
+              strides=["2,2", [2, 2, 2, 2, 0], [1, 2, 2, 2, -1], "a,b,c,d,e", 2, [1.5]*5],
+              nesterov=[1, "yes"], compile=[1, 0, "yes"], channels_last=[1, "no"], schedule=["cosin", 3],
+              augment=["flip"], precision=["fp16"], scale_init=["one"], init=["he"],
+              identity=["two"], optimizer=[3], model=[3, True], name=["../x", "/abs", "a/b", "", ".x", "x\ny"],
+              data=[3])
 
 
 @pytest.mark.parametrize("key,value", [(k, v) for k, vs in VALUES.items() for v in vs])
@@ -46,8 +53,10 @@ def test_values_that_no_run_can_mean_are_refused_when_the_recipe_is_read(key, va
     with pytest.raises(ValueError, match=key): Recipe.load("digits", **{key: value})
 
 
-FILES = dict(empty="", list="- 1\n- 2\n", text="hello", number="3", broken="lr: [1, 2", tabs="lr:\t- 1\n\t- 2", twice="lr: 0.1\nlr: 0.2\n", object="lr: !!python/object:os.system {}\n", missing="lr: 0.1\n",
-             name="<digits>name: ../../x\n", unknown="<digits>learning_rate: 1\n", none="<digits>extra:\n", numbers="1: 2\n", bytes=b"\xff\xfe\x00", control="lr: \x01")
+FILES = dict(empty="", list="- 1\n- 2\n", text="hello", number="3", broken="lr: [1, 2", tabs="lr:\t- 1\n\t- 2",
+             twice="lr: 0.1\nlr: 0.2\n", object="lr: !!python/object:os.system {}\n", missing="lr: 0.1\n",
+             name="<digits>name: ../../x\n", unknown="<digits>learning_rate: 1\n", none="<digits>extra:\n",
+             numbers="1: 2\n", bytes=b"\xff\xfe\x00", control="lr: \x01")
 
 
 @pytest.mark.parametrize("what", FILES)
@@ -66,15 +75,29 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
         assert Recipe.load(path).lr == .001 and cli._overrides([f"lr={text}"]) == dict(lr=.001), text
 
 
-WORDS = [("--recipe digts", "did you mean 'digits'?"), ("--recipe nosuch.yaml", "nosuch.yaml"), ("--recipe ../recipes/digits", "unknown recipe"), ("--recipe .", "unknown recipe"), ("", "--recipe"),
-         ("--recipe digits --set lrr=1", "did you mean 'lr'?"), ("--recipe digits --set lr", "KEY=VALUE"), ("--recipe digits --set lr=", "must have a value"), ("--recipe digits --set lr=1 --set lr=2", "twice"),
-         ("--recipe digits --set lr=[1", "not YAML"), ("--recipe digits --set lr=.nan", "finite"), ("--recipe digits --set schedule=cosin", "did you mean 'cosine'?"), ("--recipe digits --model x --set model=y", "not the same"),
-         ("--recipe digits --model repoptvgg_digit", "repoptvgg_digits"), ("--recipe digits --model vgg16", "vgg16"), ("--recipe digits --optimizer repsgdd --scales ones", "did you mean 'repsgd'?"), ("--recipe digits --optimizer repsgd", "needs scales"),
-         ("--recipe digits --mode hyper", "mode='hyper'"), ("--recipe digits --seed -1", "seed=-1"), ("--recipe digits --seed x", "--seed"), ("--recipe digits --gpus 0", "gpus=0"), ("--recipe digits --gpus -2", "gpus=-2"),
-         ("--recipe digits --nodes 0", "nodes=0"), ("--recipe digits --nodes 2.5", "--nodes"), ("--recipe digits --gpus 3", "shared equally"), ("--recipe digits --save-seconds -1", "save_seconds=-1"), ("--recipe digits --save-seconds nan", "save_seconds=nan"),
-         ("--recipe digits --out /proc/x", "--out: /proc/x/runs cannot be written to"), ("--recipe digits --out /dev/null", "--out: /dev/null"), ("--recipe digits --broken maybe", "--broken"), ("--recipe digits --no-such", "--no-such"),
-         ("--recipe digits --scales nowhere.safetensors", "nowhere.safetensors"), ("--recipe digits --scales all", "all"), ("--recipe cifar --data /nowhere", "/nowhere"), ("--recipe digits --weights /nowhere.pth", "/nowhere.pth"),
-         ("--recipe digits --set accumulate=3", "accumulate=3"), ("--recipe digits --set strides=1,2", "five"), ("--recipe digits --set name=../x", "name='../x'")]
+WORDS = [("--recipe digts", "did you mean 'digits'?"), ("--recipe nosuch.yaml", "nosuch.yaml"),
+         ("--recipe ../recipes/digits", "unknown recipe"), ("--recipe .", "unknown recipe"), ("", "--recipe"),
+         ("--recipe digits --set lrr=1", "did you mean 'lr'?"), ("--recipe digits --set lr", "KEY=VALUE"),
+         ("--recipe digits --set lr=", "must have a value"), ("--recipe digits --set lr=1 --set lr=2", "twice"),
+         ("--recipe digits --set lr=[1", "not YAML"), ("--recipe digits --set lr=.nan", "finite"),
+         ("--recipe digits --set schedule=cosin", "did you mean 'cosine'?"),
+         ("--recipe digits --model x --set model=y", "not the same"),
+         ("--recipe digits --model repoptvgg_digit", "repoptvgg_digits"), ("--recipe digits --model vgg16", "vgg16"),
+         ("--recipe digits --optimizer repsgdd --scales ones", "did you mean 'repsgd'?"),
+         ("--recipe digits --optimizer repsgd", "needs scales"), ("--recipe digits --mode hyper", "mode='hyper'"),
+         ("--recipe digits --seed -1", "seed=-1"), ("--recipe digits --seed x", "--seed"),
+         ("--recipe digits --gpus 0", "gpus=0"), ("--recipe digits --gpus -2", "gpus=-2"),
+         ("--recipe digits --nodes 0", "nodes=0"), ("--recipe digits --nodes 2.5", "--nodes"),
+         ("--recipe digits --gpus 3", "shared equally"), ("--recipe digits --save-seconds -1", "save_seconds=-1"),
+         ("--recipe digits --save-seconds nan", "save_seconds=nan"),
+         ("--recipe digits --out /proc/x", "--out: /proc/x/runs cannot be written to"),
+         ("--recipe digits --out /dev/null", "--out: /dev/null"), ("--recipe digits --broken maybe", "--broken"),
+         ("--recipe digits --no-such", "--no-such"),
+         ("--recipe digits --scales nowhere.safetensors", "nowhere.safetensors"),
+         ("--recipe digits --scales all", "all"), ("--recipe cifar --data /nowhere", "/nowhere"),
+         ("--recipe digits --weights /nowhere.pth", "/nowhere.pth"),
+         ("--recipe digits --set accumulate=3", "accumulate=3"), ("--recipe digits --set strides=1,2", "five"),
+         ("--recipe digits --set name=../x", "name='../x'")]
 
 
 @pytest.mark.parametrize("words,says", WORDS)
@@ -83,13 +106,17 @@ def test_a_command_line_that_means_nothing_is_refused_with_one_line_before_anyth
     assert not list(Path().iterdir()) and not list(build.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("name,value", [("REPOPT_SAVE_SECONDS", "soon"), ("REPOPT_SAVE_SECONDS", "-1"), ("REPOPT_SAVE_SECONDS", "nan"), ("REPOPT_BUILD", "/proc/x"), ("REPOPT_BUILD", "/dev/null/x")])
+@pytest.mark.parametrize("name,value",
+                         [("REPOPT_SAVE_SECONDS", "soon"), ("REPOPT_SAVE_SECONDS", "-1"),
+                          ("REPOPT_SAVE_SECONDS", "nan"), ("REPOPT_BUILD", "/proc/x"), ("REPOPT_BUILD", "/dev/null/x")])
 def test_an_environment_that_cannot_be_used_is_named(name, value, build, capsys, monkeypatch):
     monkeypatch.setenv(name, value)
     assert name in said(capsys, "--recipe", "digits")
 
 
-@pytest.mark.parametrize("kw", [dict(seed=1.5), dict(seed="0"), dict(seed=True), dict(gpus=True), dict(nodes="2"), dict(device="tpu9"), dict(mode="Target"), dict(broken="yes"), dict(save_seconds="soon"), dict(reinitialize=True)])
+@pytest.mark.parametrize("kw", [dict(seed=1.5), dict(seed="0"), dict(seed=True), dict(gpus=True), dict(nodes="2"),
+                                dict(device="tpu9"), dict(mode="Target"), dict(broken="yes"), dict(save_seconds="soon"),
+                                dict(reinitialize=True)])
 def test_run_refuses_what_it_cannot_be_asked(kw, build):
     with pytest.raises(ValueError, match=next(iter(kw))): runs.run("digits", quiet=True, **kw)
     assert not build.exists()
@@ -104,10 +131,13 @@ def test_a_package_that_misses_is_named_with_its_pip_command(build, capsys, monk
 def test_keys_that_came_later_do_not_change_the_ids_of_older_runs():
     for r in records.load_all(ROOT/"figures"):
         if r["experiment"] in ("train", "search"):
-            had = {**r["asked"]["recipe"], "strides": r["asked"]["recipe"]["strides"] and tuple(r["asked"]["recipe"]["strides"])}
+            had = {**r["asked"]["recipe"], "strides": r["asked"]["recipe"]["strides"]
+                   and tuple(r["asked"]["recipe"]["strides"])}
             assert records.run_id({**r["asked"], "recipe": Recipe(**had).asked()}) == r["id"]
-    assert "ema_decay" not in Recipe.load("digits").asked() and Recipe.load("digits", ema_decay=.9).asked()["ema_decay"] == .9
-    assert recipes.label(Recipe.load("digits", ema_decay=.9)) == "digits, ema_decay=0.9" and recipes.label(Recipe.load("digits")) == "digits"
+    assert "ema_decay" not in Recipe.load("digits").asked() and Recipe.load(
+        "digits", ema_decay=.9).asked()["ema_decay"] == .9
+    assert recipes.label(Recipe.load("digits",
+                                     ema_decay=.9)) == "digits, ema_decay=0.9" and recipes.label(Recipe.load("digits")) == "digits"
     assert asdict(Recipe.load("digits", accumulate=2)) | dict(accumulate=1) == asdict(Recipe.load("digits"))
 
 
@@ -117,8 +147,10 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(k, clip):
     def ended(parts):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10)).double()
-        opt, recipe = torch.optim.SGD(net.parameters(), .1, momentum=.9), Recipe.load("digits", accumulate=parts, clip_norm=clip)
-        losses = [training.train_step(net, opt, torch.randn(64, 1, 8, 8).double(), torch.randint(10, (64,)), recipe) for _ in range(5)]
+        opt, recipe = torch.optim.SGD(net.parameters(), .1, momentum=.9), Recipe.load(
+            "digits", accumulate=parts, clip_norm=clip)
+        losses = [training.train_step(net, opt, torch.randn(64, 1, 8, 8).double(), torch.randint(10, (64,)), recipe)
+                  for _ in range(5)]
         return torch.cat([p.detach().flatten() for p in net.parameters()] + [torch.stack(losses)])
     assert (ended(k) - ended(1)).abs().max() <= 1e-12
 
@@ -127,7 +159,8 @@ def test_the_authors_schedule_is_timms():
     from timm.scheduler import CosineLRScheduler
     r, n = Recipe.load("cifar", epochs=12, warmup_epochs=2), 10
     opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=r.lr)
-    theirs, seen = CosineLRScheduler(opt, t_initial=r.epochs*n, lr_min=0, warmup_lr_init=0, warmup_t=r.warmup_epochs*n, cycle_limit=1, t_in_epochs=False), []
+    theirs, seen = CosineLRScheduler(opt, t_initial=r.epochs*n, lr_min=0, warmup_lr_init=0, warmup_t=r.warmup_epochs*n,
+                                     cycle_limit=1, t_in_epochs=False), []
     for step in range(r.epochs*n):
         seen.append(opt.param_groups[0]["lr"])
         theirs.step_update(step)
@@ -148,9 +181,11 @@ def test_top5_counts_what_is_among_the_five_best():
 class Switched:
     "A run in a process of its own, in its own folder"
     def __init__(self, build, *words, **env):
-        env = {**os.environ, "REPOPT_BUILD": str(build), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parents[2]), **env}
+        env = {**os.environ, "REPOPT_BUILD": str(build), "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(Path(training.__file__).parents[2]), **env}
         words = [sys.executable, "-m", "repopt", "train", "--recipe", "digits", "--save-seconds", "0.3", *words]
-        self.p, self.build = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), build
+        self.p, self.build = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                              text=True), build
 
     def ended(self, code=0):
         out, err = self.p.communicate(timeout=300)
@@ -165,7 +200,8 @@ class Switched:
         return self
 
 
-def left(build): return load_file(next(build.glob("runs/*/final.safetensors"))), json.loads(next(build.glob("runs/*/record.json")).read_text())
+def left(build):
+    return load_file(next(build.glob("runs/*/final.safetensors"))), json.loads(next(build.glob("runs/*/record.json")).read_text())
 
 
 SHORT = "--set epochs=2 --set ema_decay=0.9 --set accumulate=2".split()
@@ -198,7 +234,8 @@ def test_a_compiler_that_cannot_write_is_gone_on_without(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     net, x = nn.Linear(3, 2), torch.randn(4, 3)
     forward = training.compiled(net, Recipe.load("digits"))
-    with pytest.warns(UserWarning, match="torch.compile failed, going on without it") as warned: assert torch.equal(forward(x), net(x)) and torch.equal(forward(x), net(x))
+    with pytest.warns(UserWarning, match="torch.compile failed, going on without it") as warned:
+        assert torch.equal(forward(x), net(x)) and torch.equal(forward(x), net(x))
     assert len(warned) == 1
 
 
@@ -215,7 +252,9 @@ def test_a_disk_that_fills_at_the_end_loses_nothing(build, monkeypatch, capsys, 
         m.setattr(training.records, "where", full)                           # the last thing that a record needs
         assert cli.train(["--recipe", "digits", "--set", "epochs=1"]) == 1
         assert "could not be written" in (err := capsys.readouterr().err) and err.startswith("error: ") and err.count("\n") == 1, err
-    assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
+    assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out",
+                      str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
     with monkeypatch.context() as m:
         m.setattr(training.records, "write", full)
-        assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out", str(tmp_path/"more")]) == 1 and "The run is kept in" in capsys.readouterr().err
+        assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out",
+                          str(tmp_path/"more")]) == 1 and "The run is kept in" in capsys.readouterr().err

@@ -24,9 +24,12 @@ from .runs import run
 
 # %% ../../nbs/lab/j_cli.ipynb #00283e7d
 def given(namespace: dict, names: str) -> SimpleNamespace:
-    "The parameters `names` of a notebook, from its globals. ValueError for one that papermill was given and the notebook does not have."
+    """The parameters `names` of a notebook, from its globals.
+
+    ValueError for one that papermill was given and the notebook does not have."""
     names = names.split()
-    found = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
+    found = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out")
+             and isinstance(v, (str, int, float, bool, list, tuple, dict, type(None)))}
     for k in found:
         if k in names: continue
         raise ValueError(unknown("notebook parameter", k, names))
@@ -34,18 +37,26 @@ def given(namespace: dict, names: str) -> SimpleNamespace:
 
 
 def parameters(namespace: dict, names: str) -> SimpleNamespace:
-    "What an experiment notebook was given, checked. `.recipe` and `.search` become Recipes, `.seeds` a range (of None: three on digits, else one). ValueError for anything else."
+    """What an experiment notebook was given, checked.
+
+    `.recipe` and `.search` become Recipes, `.seeds` a range (of None: three on digits, else one). ValueError for
+    anything else."""
     p = given(namespace, names)
-    if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1): raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
-    p.recipe = Recipe.load(p.recipe, **{k: v for k, v in dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None)).items() if v is not None})
+    if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1):
+        raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
+    p.recipe = Recipe.load(p.recipe,
+                           **{k: v for k, v in dict(model=p.model, epochs=p.epochs,
+                                                    batch_size=getattr(p, "batch_size", None)).items()
+                                                    if v is not None})
     for k, kinds, says in (("resume", bool, "true or false"), ("data", str, "a folder"), ("out", str, "a folder")):
         if not isinstance(v := getattr(p, k, None), (kinds, type(None))): raise ValueError(f"{k}={v!r} must be {says}")
     if p.recipe.model not in FOREIGN: known(p.recipe.model)
     if p.data: data_root(p.data)
     if p.out: writable(Path(p.out)/"runs", "out")
     if p.test: p.seeds, p.out, p.recipe = 1, p.out or tempfile.mkdtemp(), replace(p.recipe, epochs=p.recipe.test_epochs)
-    if "search" in names.split():                                                   # the recipe that finds the scales: digits on digits, else CIFAR-100
-        own, cifar = p.search is None and p.recipe.data == "digits", "cifar_ghost" if "ghost" in p.recipe.model else "cifar"
+    if "search" in names.split():  # the recipe that finds the scales: digits on digits, else CIFAR-100
+        own = p.search is None and p.recipe.data == "digits"
+        cifar = "cifar_ghost" if "ghost" in p.recipe.model else "cifar"
         p.search = p.recipe if own else Recipe.load(p.search or cifar, model=p.recipe.model)
     p.seeds, p.jobs = range(p.seeds or (3 if p.recipe.data == "digits" else 1)), 1 if p.test else 2
     return p
@@ -54,17 +65,29 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
 def cli(argv, prog: str, mode: str, description: str) -> tuple:
     "(arguments, recipe, scales) of a command line, shared by `train`, `search` and `plan`"
     p = Parser(prog=f"python -m repopt {prog}", description=description)
-    p.add_argument("--recipe", required=True); p.add_argument("--model"); p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--data", help="data folder (default: $REPOPT_DATA)"); p.add_argument("--out", help="where the record is written, e.g. figures")
+    p.add_argument("--recipe", required=True)
+    p.add_argument("--model")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--data", help="data folder (default: $REPOPT_DATA)")
+    p.add_argument("--out", help="where the record is written, e.g. figures")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)"); p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
-    if mode == "hs": p.add_argument("--compare", type=int, metavar="ROUNDS", help="train nothing: time ROUNDS steps of the search beside as many of three branches, eager and in fp32")
+    p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)")
+    p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
+    if mode == "hs":
+        p.add_argument("--compare", type=int, metavar="ROUNDS", help="train nothing: time ROUNDS steps of the search "
+                                                                     "beside as many of three branches, eager and in "
+                                                                     "fp32")
     if mode == "target":
-        p.add_argument("--optimizer", help=", ".join(OPTIMIZERS)); p.add_argument("--mode", default="target", help="target, csla, hs")
-        p.add_argument("--gpus", type=int, default=1, help="processes on a node, one a GPU"); p.add_argument("--nodes", type=int, default=1, help="nodes, in a Slurm allocation")
-        p.add_argument("--broken", default="skip", choices=["skip", "refuse"], help="pictures that cannot be decoded: leave them out, or look for them first and do not begin")
-        p.add_argument("--weights", help="train nothing: test the weights in this file, published by others or from an earlier run")
-        p.add_argument("--keep-init", action="store_true", help="scales in the optimizer only: the net starts as without them")
+        p.add_argument("--optimizer", help=", ".join(OPTIMIZERS))
+        p.add_argument("--mode", default="target", help="target, csla, hs")
+        p.add_argument("--gpus", type=int, default=1, help="processes on a node, one a GPU")
+        p.add_argument("--nodes", type=int, default=1, help="nodes, in a Slurm allocation")
+        p.add_argument("--broken", default="skip", choices=["skip", "refuse"],
+                       help="pictures that cannot be decoded: leave them out, or look for them first and do not begin")
+        p.add_argument("--weights", help="train nothing: test the weights in this file, published by others or from an "
+                                         "earlier run")
+        p.add_argument("--keep-init", action="store_true", help="scales in the optimizer only: the net starts as "
+                                                                "without them")
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
     over = _overrides(a.set)
@@ -75,7 +98,9 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
 
 
 def _overrides(words) -> dict:
-    "{key: value} of the KEY=VALUE that --set was given. ValueError for what is none, or given twice, or nothing where a value must be."
+    """{key: value} of the KEY=VALUE that --set was given.
+
+    ValueError for what is none, or given twice, or nothing where a value must be."""
     over, kinds = {}, _kinds()
     for word in words:
         k, eq, text = word.partition("=")
@@ -103,11 +128,14 @@ def train(argv=None) -> int:
     a, recipe, scales = cli(argv, "train", "target", "Train one net with one seed.")
     if a.weights is not None:
         got = evaluate_weights(a.weights, recipe, data=a.data, mode=a.mode)
-        print(", ".join(f"top-{k[3:]} {v:.2f} %" for k, v in sorted(got.items()) if k != "loss"), f"loss {got['loss']:.4f}", sep=", ")
+        print(", ".join(f"top-{k[3:]} {v:.2f} %" for k, v in sorted(got.items()) if k != "loss"),
+              f"loss {got['loss']:.4f}", sep=", ")
         return 0
-    done = run(recipe, mode=a.mode, optimizer=a.optimizer, scales=scales, seed=a.seed, data=a.data, out=a.out, resume=not a.restart, save_seconds=a.save_seconds,
-               reinitialize=False if a.keep_init else None, gpus=a.gpus, nodes=a.nodes, broken=a.broken)
-    if os.environ.get("RANK", "0") == "0" and (a.gpus*a.nodes == 1 or "RANK" in os.environ): print(f"run {done.id}: top-1 {done.top1:.2f} %, {done.folder}", flush=True)
+    done = run(recipe, mode=a.mode, optimizer=a.optimizer, scales=scales, seed=a.seed, data=a.data, out=a.out,
+               resume=not a.restart, save_seconds=a.save_seconds, reinitialize=False if a.keep_init else None,
+               gpus=a.gpus, nodes=a.nodes, broken=a.broken)
+    if os.environ.get("RANK", "0") == "0" and (a.gpus*a.nodes == 1 or "RANK" in os.environ):
+        print(f"run {done.id}: top-1 {done.top1:.2f} %, {done.folder}", flush=True)
     return 0
 
 # %% ../../nbs/lab/j_cli.ipynb #1a9c0005
@@ -115,13 +143,16 @@ def train(argv=None) -> int:
 def scales(argv=None) -> int:
     "`convert IN OUT [--arch NAME]`: the authors' scales as a file of ours. Returns the exit code."
     p = Parser(prog="python -m repopt scales", description="Files of scales.")
-    convert = p.add_subparsers(required=True, metavar="convert").add_parser("convert", help="write the scales of any file that can be read as a file of ours")
-    convert.add_argument("source", metavar="IN", help="the authors' *scales.pth, a checkpoint of their Hyper-Search, or a file of ours")
+    convert = p.add_subparsers(required=True, metavar="convert").add_parser(
+        "convert", help="write the scales of any file that can be read as a file of ours")
+    convert.add_argument("source", metavar="IN", help="the authors' *scales.pth, a checkpoint of their Hyper-Search, "
+                                                      "or a file of ours")
     convert.add_argument("to", metavar="OUT", help="*.safetensors")
     convert.add_argument("--arch", default="", help="for which net, e.g. repoptvgg_b1")
     a = p.parse_args(argv)
     if Path(a.to).suffix != ".safetensors": raise ValueError(f"{a.to}: files of scales end in .safetensors")
-    if Path(a.to).is_dir() or not Path(a.to).resolve().parent.is_dir(): raise ValueError(f"{a.to} cannot be written: there is no folder {Path(a.to).parent}, or it is a folder itself")
+    if Path(a.to).is_dir() or not Path(a.to).resolve().parent.is_dir():
+        raise ValueError(f"{a.to} cannot be written: there is no folder {Path(a.to).parent}, or it is a folder itself")
     found = read_scales(a.source, a.arch)
     try: found.save(a.to)
     except SafetensorError as e: raise ValueError(f"{a.to} cannot be written: {e}") from None
@@ -140,7 +171,8 @@ COMMANDS = dict(                                                             # n
     records=("records.main", "list the records of finished runs"),
     report=("report.main", "all tables and figures, from records"))
 
-USAGE = "usage: python -m repopt COMMAND … (COMMAND --help says more)\n\n" + "\n".join(f"  {n:10}{what}" for n, (_, what) in COMMANDS.items())
+USAGE = "usage: python -m repopt COMMAND … (COMMAND --help says more)\n\n" + "\n".join(
+    f"  {n:10}{what}" for n, (_, what) in COMMANDS.items())
 
 
 @command_line
@@ -150,6 +182,7 @@ def main(argv=None) -> int:
     if name in ("-h", "--help"):
         print(USAGE)
         return 0
-    if name not in COMMANDS: raise ValueError(unknown("command", name, COMMANDS) if name else f"name a command: {', '.join(COMMANDS)}")
+    if name not in COMMANDS:
+        raise ValueError(unknown("command", name, COMMANDS) if name else f"name a command: {', '.join(COMMANDS)}")
     module, _, function = COMMANDS[name][0].partition(".")
     return getattr(import_module(f"repopt.lab.{module}"), function)(rest)

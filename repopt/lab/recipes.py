@@ -48,33 +48,40 @@ class Recipe:
     scale_init: str              # where Hyper-Search starts: ones, sqrt2l
     init: str                    # kernels: msra, torch
     identity: str                # Eq. 4's identity: one, searched
-    ema_decay: float | None = None   # of an average of the weights over the steps, which is then what is tested and kept
+    ema_decay: float | None = None  # of an average of the weights over the steps, which is then what is tested and kept
     accumulate: int = 1          # parts of a batch that go through the net one after the other, for one update
 
     def asked(self) -> dict:
-        "The settings as a record holds them; keys that came later are left out at their default, so that older runs are found"
+        """The settings as a record holds them.
+
+        Keys that came later are left out at their default, so that older runs are found."""
         later = {f.name: f.default for f in fields(self) if f.default is not MISSING}
         return {k: v for k, v in _plain(asdict(self)).items() if k not in later or v != later[k]}
 
 # %% ../../nbs/lab/e_recipes.ipynb #07032b71
 RECIPES = Path(str(files("repopt")))/"assets"/"recipes"
-_CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS, precision=("fp32", "bf16", "auto"),
-                compile=(True, False, "auto"), channels_last=(True, False, "auto"), scale_init=("ones", "sqrt2l"),
-                init=("msra", "torch"), identity=("one", "searched"))
+_CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS,
+                precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), channels_last=(True, False, "auto"),
+                scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
 _COUNTS = "epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate".split()
 _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
                weight_decay=(lambda v: v >= 0, "at least 0"), warmup_epochs=(lambda v: v >= 0, "at least 0"),
-               label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"), clip_norm=(lambda v: v > 0, "above 0, or null"),
-               ema_decay=(lambda v: 0 < v < 1, "between 0 and 1, or null"), **{k: (lambda v: v >= 1, "at least 1") for k in _COUNTS})
+               label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
+               clip_norm=(lambda v: v > 0, "above 0, or null"),
+               ema_decay=(lambda v: 0 < v < 1, "between 0 and 1, or null"),
+               **{k: (lambda v: v >= 1, "at least 1") for k in _COUNTS})
 
 def load_recipe(name, /, **overrides) -> Recipe:
-    "The recipe `name` (or a path to a .yaml) with `overrides`. ValueError for an unknown recipe, key, or a value that no run can mean."
+    """The recipe `name` (or a path to a .yaml) with `overrides`.
+
+    ValueError for an unknown recipe, key, or a value that no run can mean."""
     shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     path = Path(name) if str(name).endswith(".yaml") else RECIPES/f"{name}.yaml"
     if not str(name).endswith(".yaml") and str(name) not in shipped: raise ValueError(unknown("recipe", name, shipped))
     if not path.is_file(): raise ValueError(f"there is no recipe file {path}; shipped are {', '.join(shipped)}")
     values, kinds = {"name": path.stem, **_read_yaml(path)}, _kinds()
-    return _recipe({**values, **{k: v for k, v in overrides.items() if v is not None or "None" in kinds.get(k, "None")}}, f"recipe {path.stem}")
+    return _recipe({**values, **{k: v for k, v in overrides.items() if v is not None
+                                 or "None" in kinds.get(k, "None")}}, f"recipe {path.stem}")
 
 
 def _kinds(): return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Recipe)}
@@ -85,17 +92,20 @@ def _recipe(values, where):
     kinds, later = _kinds(), [f.name for f in fields(Recipe) if f.default is not MISSING]
     for k in values:
         if k not in kinds: raise ValueError(f"{where}: {unknown('key', k, kinds)}")
-    if missing := [k for k in kinds if k not in values and k not in later]: raise ValueError(f"{where}: missing {', '.join(missing)}")
+    if missing := [k for k in kinds if k not in values and k not in later]:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
     try:
         r = Recipe(**{k: _typed(k, kinds[k], v) for k, v in values.items()})
-        if not re.fullmatch(r"\w[\w.+-]*", r.name): raise ValueError(f"name={r.name!r} must be letters, digits, _ . + - alone: files are named by it")
+        if not re.fullmatch(r"\w[\w.+-]*", r.name):
+            raise ValueError(f"name={r.name!r} must be letters, digits, _ . + - alone: files are named by it")
         for k, allowed in _CHOICES.items():
             v = getattr(r, k)
             if not any(v == a and type(v) is type(a) for a in allowed): raise ValueError(_must_be(k, v, allowed))
         for k, (fits, says) in _RANGES.items():
             if (v := getattr(r, k)) is not None and not fits(v): raise ValueError(f"{k}={v} must be {says}")
         if r.nesterov and not r.momentum: raise ValueError("nesterov=True needs a momentum above 0")
-        if r.batch_size % r.accumulate: raise ValueError(f"batch_size={r.batch_size} cannot be shared equally by accumulate={r.accumulate}")
+        if r.batch_size % r.accumulate:
+            raise ValueError(f"batch_size={r.batch_size} cannot be shared equally by accumulate={r.accumulate}")
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
     return r
 
@@ -111,8 +121,11 @@ def _typed(key, kind, v):
     number = isinstance(v, (int, float)) and not isinstance(v, bool)
     if key == "strides":
         found = v.split(",") if isinstance(v, str) else v
-        ok = isinstance(found, (list, tuple)) and len(found) == 5 and all(re.fullmatch(r"\s*[1-9]\d*\s*", str(s)) for s in found)
-        if not ok: raise ValueError(f"strides={v!r} should be five numbers, at least 1: the stem's, and those of the four stages")
+        ok = isinstance(found, (list, tuple)) and len(found) == 5 and all(
+            re.fullmatch(r"\s*[1-9]\d*\s*", str(s)) for s in found)
+        if not ok:
+            raise ValueError(f"strides={v!r} should be five numbers, at least 1: the stem's, and those of the four "
+                             f"stages")
         return tuple(map(int, found))
     if "float" in kind:
         if number and math.isfinite(v): return float(v)
@@ -121,7 +134,8 @@ def _typed(key, kind, v):
     elif kind == "bool":
         if isinstance(v, bool): return v
     elif isinstance(v, str) or ("bool" in kind and isinstance(v, bool)): return v
-    raise ValueError(f"{key}={v!r} should be {kind.replace(' | None', ', or null')}{', and finite' if number and 'float' in kind else ''}")
+    raise ValueError(f"{key}={v!r} should be "
+                     f"{kind.replace(' | None', ', or null')}{', and finite' if number and 'float' in kind else ''}")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -129,20 +143,24 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if (name := self.construct_object(key)) in seen: raise yaml.MarkedYAMLError(problem=f"{name!r} stands there twice", problem_mark=key.start_mark)
+            if (name := self.construct_object(key)) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name!r} stands there twice", problem_mark=key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                            list("-+.0123456789"))
 
 def _parsed(text, where):
     "What the YAML `text` says; ValueError names place and line where it is none"
     try: return yaml.load(text, _Yaml)
     except yaml.YAMLError as e:
         mark, why = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
-        raise ValueError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not YAML that can be read, {why}") from None
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"{where}: not YAML that can be read, {e}") from None
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: not YAML that can be read, {why}") from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: not YAML that can be read, {e}") from None
 
 
 def _read_yaml(path) -> dict:
@@ -151,14 +169,17 @@ def _read_yaml(path) -> dict:
     except OSError as e: raise ValueError(f"the recipe {path} cannot be read: {e.strerror}") from None
     except UnicodeDecodeError: raise ValueError(f"the recipe {path} is no text") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise ValueError(f"the recipe {path} should be lines of KEY: VALUE, not {'empty' if found is None else type(found).__name__}")
+        raise ValueError(f"the recipe {path} should be lines of KEY: VALUE, not "
+                         f"{'empty' if found is None else type(found).__name__}")
     return found
 
 Recipe.load = staticmethod(load_recipe)
 
 # %% ../../nbs/lab/e_recipes.ipynb #changed0
 def changes(recipe, but=()) -> dict:
-    "{field: value} where `recipe` (a Recipe, or the dict in a record) is not what its name says; model, arithmetic and the fields in `but` aside. {} for a name of no recipe."
+    """{field: value} where `recipe` (a Recipe, or the dict in a record) is not what its name says.
+
+    Model, arithmetic and the fields in `but` aside. {} for a name of no recipe."""
     have = recipe.asked() if isinstance(recipe, Recipe) else recipe
     try: says = _plain(asdict(load_recipe(have["name"])))
     except ValueError: return {}
@@ -169,7 +190,8 @@ def changes(recipe, but=()) -> dict:
 
 def label(recipe, but=()) -> str:
     "'cifar', or 'cifar, epochs=8' where that is not the recipe's own; arguments as in `changes`"
-    return ", ".join([recipe.name if isinstance(recipe, Recipe) else recipe["name"], *(f"{k}={v}" for k, v in changes(recipe, but).items())])
+    return ", ".join([recipe.name if isinstance(recipe, Recipe) else recipe["name"],
+                      *(f"{k}={v}" for k, v in changes(recipe, but).items())])
 
 
 def _plain(d): return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
@@ -178,8 +200,10 @@ def _plain(d): return {k: list(v) if isinstance(v, tuple) else v for k, v in d.i
 def lr_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Learning rate of `step`, scaled linearly with the batch: linear warm-up, then cosine to zero (4.1).
 
-    'cosine_from_start', the authors': the cosine is that of all steps, and the warm-up covers its beginning; the first two steps stand at 0."""
-    peak, warm, total = recipe.lr*recipe.batch_size/recipe.lr_batch, recipe.warmup_epochs*steps_per_epoch, recipe.epochs*steps_per_epoch
+    'cosine_from_start', the authors': the cosine is that of all steps, and the warm-up covers its beginning; the first
+    two steps stand at 0."""
+    peak = recipe.lr*recipe.batch_size/recipe.lr_batch
+    warm, total = recipe.warmup_epochs*steps_per_epoch, recipe.epochs*steps_per_epoch
     if recipe.epochs <= recipe.warmup_epochs: warm = 0                      # too short a run to warm up
     if recipe.schedule == "cosine_from_start":
         at = max(step - 1, 0)                                               # their scheduler is told of a step after it
@@ -193,4 +217,5 @@ def resolve(recipe: Recipe, device) -> Recipe:
     cuda = torch.device(device).type == "cuda"
     precision = recipe.precision if recipe.precision != "auto" else "bf16" if cuda else "fp32"
     given = lambda v, auto: auto if v == "auto" else v
-    return replace(recipe, precision=precision, compile=given(recipe.compile, cuda), channels_last=given(recipe.channels_last, cuda or precision == "bf16"))
+    return replace(recipe, precision=precision, compile=given(recipe.compile, cuda),
+                   channels_last=given(recipe.channels_last, cuda or precision == "bf16"))

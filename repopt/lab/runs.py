@@ -36,9 +36,12 @@ class Run:
     @property
     def checkpoint(self): return self.folder/"final.safetensors"
     @property
-    def scales(self): return Scales.load(self.folder/"scales.safetensors") if (self.folder/"scales.safetensors").exists() else None
+    def scales(self):
+        return Scales.load(self.folder/"scales.safetensors") if (self.folder/"scales.safetensors").exists() else None
     @property
-    def arrays(self): p = self.folder/"arrays.npz"; return records.arrays(dict(path=p)) if p.exists() else {}
+    def arrays(self):
+        p = self.folder/"arrays.npz"
+        return records.arrays(dict(path=p)) if p.exists() else {}
 
     def model(self) -> nn.Module:
         "The trained net, in eval mode on the CPU"
@@ -65,40 +68,53 @@ def build_folder() -> Path:
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)/"build"
 
 # %% ../../nbs/lab/g_runs.ipynb #72ec7bd6
-def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, *, reinitialize=None,
-        device=None, save_seconds=None, quiet=False, gpus=1, nodes=1, broken="skip") -> Run:
+def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, *,
+        reinitialize=None, device=None, save_seconds=None, quiet=False, gpus=1, nodes=1, broken="skip") -> Run:
     """Train and test one net with one seed; made once, found again.
 
-    `recipe`: name or Recipe. `mode`: 'target', 'csla', 'hs' (Hyper-Search). `scales`: for a RepOptimizer and for `reinitialize`
-    (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False` starts over. `save_seconds`: between checkpoints
-    (default: $REPOPT_SAVE_SECONDS, else 60). `gpus`: processes on each of `nodes` nodes, one a GPU (on a CPU, by gloo); they share each batch. `broken`: pictures, 'skip' or 'refuse'.
-    ValueError for what does not fit, TrainingError for a run that broke off, WorkerError for a process that did. SIGTERM or SIGUSR1: finish the step, save, exit 75."""
+    `recipe`: name or Recipe. `mode`: 'target', 'csla', 'hs' (Hyper-Search). `scales`: for a RepOptimizer and for
+    `reinitialize`
+    (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False`
+    starts over. `save_seconds`: between checkpoints
+    (default: $REPOPT_SAVE_SECONDS, else 60). `gpus`: processes on each of `nodes` nodes, one a GPU (on a CPU, by gloo);
+    they share each batch. `broken`: pictures, 'skip' or 'refuse'.
+    ValueError for what does not fit, TrainingError for a run that broke off, WorkerError for a process that did.
+    SIGTERM or SIGUSR1: finish the step, save, exit 75."""
     compiler_cache()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     name, optimizer = model or recipe.model, optimizer or recipe.optimizer
-    save_seconds = _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken)
+    save_seconds = _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes,
+                             broken)
     if os.environ.get("RANK", "0") == "0":
-        writable(build_folder()/"runs", "REPOPT_BUILD" if os.environ.get("REPOPT_BUILD") else "the folder of runs (REPOPT_BUILD)")
+        writable(build_folder()/"runs", "REPOPT_BUILD" if os.environ.get("REPOPT_BUILD")
+                 else "the folder of runs (REPOPT_BUILD)")
         if out: writable(Path(out)/"runs", "--out")
     reinitialize = scales is not None if reinitialize is None else reinitialize
     if gpus*nodes > 1 and "WORLD_SIZE" not in os.environ:
-        return _in_processes(arguments(recipe, name, mode, optimizer, scales, seed, data, out, resume, reinitialize, save_seconds, broken), gpus, nodes, quiet)
+        return _in_processes(arguments(recipe, name, mode, optimizer, scales, seed, data, out, resume, reinitialize,
+                                       save_seconds, broken), gpus, nodes, quiet)
     with joined() as world:
         device = torch.device(device or (f"cuda:{world.local}" if torch.cuda.is_available() else "cpu"))
         recipe = resolve(recipe, device)
-        loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed, device, recipe.num_classes, world.shard, broken)
-        asked = dict(recipe=recipe.asked(), model=name, mode=mode, optimizer=optimizer, scales=None if scales is None else scales.hash, scales_from=None if scales is None else scales.recipe,
-                     reinitialize=reinitialize, seed=seed, data=dict(name=loaded.name, sha256=loaded.sha256, channels=loaded.channels), format=records.FORMAT,
+        loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data,
+                           seed, device, recipe.num_classes, world.shard, broken)
+        asked = dict(recipe=recipe.asked(), model=name, mode=mode, optimizer=optimizer, scales=None if scales is None
+                     else scales.hash, scales_from=None if scales is None else scales.recipe,
+                     reinitialize=reinitialize, seed=seed,
+                     data=dict(name=loaded.name, sha256=loaded.sha256, channels=loaded.channels), format=records.FORMAT,
                      **({"processes": world.size} if world.size > 1 else {}))
         folder = build_folder()/"runs"/records.run_id(asked)
         if not (folder/"record.json").exists(): _takes(recipe, name, mode, loaded.channels)
         with _locked(folder) if world.first else contextlib.nullcontext():
             if world.first and not resume: _empty(folder)
-            if not world.from_first((folder/"record.json").exists()): _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
+            if not world.from_first((folder/"record.json").exists()):
+                _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
             done = Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
         if out and world.first:
             try: records.write(done.record, out, done.arrays)
-            except OSError as e: raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run is kept in {folder}: call again") from None
+            except OSError as e:
+                raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run "
+                                    f"is kept in {folder}: call again") from None
     return done
 
 
@@ -111,17 +127,23 @@ def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_
     for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
         if v not in allowed: raise ValueError(_must_be(k, v, allowed))
     for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < least: raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
-    if optimizer.startswith("rep") and scales is None: raise ValueError(f"{optimizer} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
+        if isinstance(n, bool) or not isinstance(n, int) or n < least:
+            raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
+    if optimizer.startswith("rep") and scales is None:
+        raise ValueError(f"{optimizer} needs scales: search them (mode='hs'), load_scales(name), or "
+                         f"Scales.initial(model)")
     if reinitialize and scales is None: raise ValueError("reinitialize=True needs scales")
     each = recipe.accumulate*(gpus*nodes if "WORLD_SIZE" not in os.environ else launched("WORLD_SIZE", 1))
     if recipe.batch_size % each:
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
-        raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {each//recipe.accumulate} processes{parts}")
+        raise ValueError(f"batch_size={recipe.batch_size} cannot be shared equally by {each//recipe.accumulate} "
+                         f"processes{parts}")
     if device is not None:
         try: torch.device(device)
-        except RuntimeError: raise ValueError(f"device={device!r} is none that torch knows: cpu, cuda, cuda:1, …") from None
-    named, given = ("save_seconds", save_seconds) if save_seconds is not None else ("REPOPT_SAVE_SECONDS", os.environ.get("REPOPT_SAVE_SECONDS", 60))
+        except RuntimeError:
+            raise ValueError(f"device={device!r} is none that torch knows: cpu, cuda, cuda:1, …") from None
+    named, given = ("save_seconds", save_seconds) if save_seconds is not None else (
+        "REPOPT_SAVE_SECONDS", os.environ.get("REPOPT_SAVE_SECONDS", 60))
     try:
         if math.isfinite(seconds := float(given)) and seconds >= 0: return seconds
     except (TypeError, ValueError): pass
@@ -133,7 +155,8 @@ def _takes(recipe, name, mode, channels):
     with torch.device("meta"): net = build_model(name, mode, replace(recipe, channels_last=False), channels).eval()
     for size in {recipe.image_size, recipe.test_size}:
         try: net(torch.empty(1, channels, size, size, device="meta"))
-        except RuntimeError as e: raise ValueError(f"{name} does not take images of {size} pixels: {str(e).splitlines()[0]}") from None
+        except RuntimeError as e:
+            raise ValueError(f"{name} does not take images of {size} pixels: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/lab/g_runs.ipynb #932ec986
 @contextlib.contextmanager
@@ -152,16 +175,22 @@ def _empty(folder):
         if p.name != "lock": checkpoint.remove(p)
 
 # %% ../../nbs/lab/g_runs.ipynb #02a9a2b3
-def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None, resume=True, reinitialize=None, save_seconds=None, broken="skip") -> list:
-    "The command line of `python -m repopt train` that makes this run. A recipe that is not shipped, and scales, are written below build/ for it to read."
-    args = dict(recipe=_recipe_file(recipe), model=model, mode=mode, optimizer=optimizer, seed=seed, data=data, out=out, save_seconds=save_seconds, broken=None if broken == "skip" else broken)
+def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None, seed=0, data=None, out=None,
+              resume=True, reinitialize=None, save_seconds=None, broken="skip") -> list:
+    """The command line of `python -m repopt train` that makes this run.
+
+    A recipe that is not shipped, and scales, are written below build/ for it to read."""
+    args = dict(recipe=_recipe_file(recipe), model=model, mode=mode, optimizer=optimizer, seed=seed, data=data, out=out,
+                save_seconds=save_seconds, broken=None if broken == "skip" else broken)
     if scales is not None:
         (place := build_folder()/"scales").mkdir(parents=True, exist_ok=True)
         args["scales"] = scales.save(place/f"{scales.hash[:16]}.safetensors")
     words = [w for k, v in args.items() if v is not None for w in (f"--{k.replace('_', '-')}", str(v))]
     shipped = asdict(Recipe.load(args["recipe"], model=model))
     for k, v in asdict(recipe).items():
-        if k not in ("name", "model") and v != shipped[k]: words += ["--set", f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else yaml.safe_dump(v).splitlines()[0]}"]
+        if k not in ("name", "model") and v != shipped[k]:
+            words += ["--set",
+                      f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else yaml.safe_dump(v).splitlines()[0]}"]
     if scales is not None and reinitialize is False: words.append("--keep-init")
     return words if resume else [*words, "--restart"]
 
@@ -177,25 +206,30 @@ def _in_processes(args, gpus, nodes, quiet):
     "The run that `args` makes, in many processes"
     code, lines = launch(args, gpus, nodes, **({"echo": lambda line: None} if quiet else {}))
     if code: raise SystemExit(code)
-    folder = build_folder()/"runs"/next(m[1] for l in reversed(lines) if (m := re.match(r"run ([0-9a-f]{10}): top-1 ", l)))
+    folder = build_folder()/"runs"/next(m[1] for l in reversed(lines)
+                                        if (m := re.match(r"run ([0-9a-f]{10}): top-1 ", l)))
     return finished(folder)
 
 # %% ../../nbs/lab/g_runs.ipynb #ba045abd
 def _worker(call):
-    parent = os.getppid(); die_with_parent()                               # stop, and save, when the notebook's kernel goes
+    parent = os.getppid()
+    die_with_parent()                               # stop, and save, when the notebook's kernel goes
     torch.set_num_threads(1)
     f, args, kwargs = call
     try: return f(*args, **kwargs)
     finally:
-        if os.getppid() != parent: os._exit(75)                            # and do not wait for calls that nobody can make any more
+        if os.getppid() != parent: os._exit(75)  # and do not wait for calls that nobody can make any more
 
 
 def each(calls: list, jobs: int = 2) -> list:
-    "`[f(*args, **kwargs) for f, args, kwargs in calls]`, `jobs` at a time in processes with one thread each; one after the other on a GPU"
+    """`[f(*args, **kwargs) for f, args, kwargs in calls]`, `jobs` at a time in processes with one thread each.
+
+    One after the other on a GPU."""
     if jobs < 2 or len(calls) < 2 or torch.cuda.is_available(): return [f(*args, **kwargs) for f, args, kwargs in calls]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(_worker, calls))
 
 
 def run_all(asked: list, jobs: int = 2) -> list:
     "`[run(**a) for a in asked]`, by `each`; one after the other where a run has many processes"
-    return each([(run, (), a) for a in asked], 1 if any(a.get("gpus", 1)*a.get("nodes", 1) > 1 for a in asked) else jobs)
+    return each([(run, (), a) for a in asked], 1 if any(a.get("gpus", 1)*a.get("nodes", 1) > 1 for a in asked)
+                else jobs)

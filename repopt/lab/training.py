@@ -33,9 +33,12 @@ OPTIMIZERS = dict(
     repadamw=lambda g, r, **rep: RepAdamW(g, lr=r.lr, **rep))
 
 def make_optimizer(name: str, model: nn.Module, recipe: Recipe, scales=None):
-    "The optimizer `name` over `param_groups(model)`. ValueError for an unknown one, or for a RepOptimizer without scales."
+    """The optimizer `name` over `param_groups(model)`.
+
+    ValueError for an unknown one, or for a RepOptimizer without scales."""
     if name not in OPTIMIZERS: raise ValueError(unknown("optimizer", name, OPTIMIZERS))
-    if name.startswith("rep") and scales is None: raise ValueError(f"{name} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
+    if name.startswith("rep") and scales is None:
+        raise ValueError(f"{name} needs scales: search them (mode='hs'), load_scales(name), or Scales.initial(model)")
     rep = dict(scales=scales, plain=getattr(model, "plain", ())) if name.startswith("rep") else {}
     return OPTIMIZERS[name](param_groups(model, recipe.weight_decay), recipe, **rep)
 
@@ -58,11 +61,14 @@ def split_batch_norm(model: nn.Module, size: int) -> nn.Module:
     return model
 
 # %% ../../nbs/lab/f_training.ipynb #6945a2bf
-class TrainingError(BrokenOff): "A run that cannot go on; the message says where its last good state is and what may help"
+class TrainingError(BrokenOff):
+    "A run that cannot go on; the message says where its last good state is and what may help"
 
 
 def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Tensor:
-    "Forward, backward, clip, update. Returns the loss, nan where a gradient is not finite. `check` reads it before the update, and raises FloatingPointError then; without, nothing is read from the device."
+    """Forward, backward, clip, update. Returns the loss, nan where a gradient is not finite.
+
+    `check` reads it before the update, and raises FloatingPointError then; without, nothing is read from the device."""
     opt.zero_grad(set_to_none=True)
     loss = 0
     for some, labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
@@ -83,7 +89,9 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
 
 
 def averaging(model: nn.Module, decay: float | None):
-    "(a copy of `model`, a function that moves the copy towards it by 1 - `decay`); without a decay the model itself and nothing to do"
+    """(a copy of `model`, a function that moves the copy towards it by 1 - `decay`).
+
+    Without a decay the model itself and nothing to do."""
     if decay is None: return model, lambda: None
     mean = deepcopy(model).eval().requires_grad_(False)
     pairs = [(a, b.detach()) for a, b in zip(mean.state_dict().values(), model.state_dict().values())]
@@ -99,7 +107,8 @@ def averaging(model: nn.Module, decay: float | None):
 # %% ../../nbs/lab/f_training.ipynb #0582a9e1
 @torch.no_grad()
 def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None) -> dict | None:
-    "{'top1': percent, 'loss': mean cross-entropy, of more than 5 classes 'top5'} over all processes' batches, each image once; None if `stop.signal` came meanwhile"
+    """{'top1': percent, 'loss': mean cross-entropy, of more than 5 classes 'top5'} over all processes' batches, each
+    image once; None if `stop.signal` came meanwhile."""
     buffers_of_first(model, world)
     model.eval()
     right = near = total = loss = classes = 0
@@ -109,8 +118,10 @@ def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None
         with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"): out = model(x)
         classes = out.shape[1]
         near = near + (out.topk(min(5, classes)).indices == y[:, None]).sum()
-        right, total, loss = right + (out.argmax(1) == y).sum(), total + len(y), loss + F.cross_entropy(out.float(), y, reduction="sum")
-    *counts, stopped = zip(*world.each((int(right), int(near), classes, total, float(loss), bool(stop and stop.signal))))
+        right, total, loss = right + (out.argmax(1) == y).sum(), total + len(y), loss + F.cross_entropy(
+            out.float(), y, reduction="sum")
+    *counts, stopped = zip(*world.each((int(right), int(near), classes, total, float(loss),
+                                        bool(stop and stop.signal))))
     classes = max(counts[2])
     right, near, _, total, loss = map(sum, counts)
     if any(stopped): return None
@@ -119,36 +130,48 @@ def evaluate(model: nn.Module, batches, recipe: Recipe, world=World(), stop=None
 
 # %% ../../nbs/lab/f_training.ipynb #563fc84a
 def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: int = 3) -> nn.Module:
-    """The net of `recipe`, or `model`, with the weights in the file `weights`: ours, or in one of the `published.LAYOUTS`. ValueError where they do not fit it.
+    """The net of `recipe`, or `model`, with the weights in the file `weights`: ours, or in one of the
+    `published.LAYOUTS`. ValueError where they do not fit it.
 
     A deployed net's go into the branched one, which is then fused, or into the plain one."""
     tensors, net = checkpoint.foreign_weights(weights), build_model(model or recipe.model, mode, recipe, in_chans)
     have = renamed(tensors)
     want = {k: v.shape for k, v in net.state_dict().items()}
     if "linear.weight" in have and "linear.weight" in want and have["linear.weight"].shape != want["linear.weight"]:
-        raise ValueError(f"{weights} has {len(have['linear.weight'])} classes and {have['linear.weight'].shape[1]} features, {model or recipe.model} for {recipe.name} has {want['linear.weight'][0]} and {want['linear.weight'][1]}")
+        raise ValueError(f"{weights} has {len(have['linear.weight'])} classes and {have['linear.weight'].shape[1]} "
+                         f"features, {model or recipe.model} for {recipe.name} has {want['linear.weight'][0]} and "
+                         f"{want['linear.weight'][1]}")
     try: return load_into(net, tensors).eval()
-    except ValueError as e: raise ValueError(f"{weights} does not fit {model or recipe.model} in mode {mode}: {e}. Name the net by --model, and --mode csla or hs for one with branches") from None
+    except ValueError as e:
+        raise ValueError(f"{weights} does not fit {model or recipe.model} in mode {mode}: {e}. Name the net by "
+                         f"--model, and --mode csla or hs for one with branches") from None
 
 
 def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="target") -> dict:
     "Top-1 and loss of the weights in a file on the test set of `recipe`. Errors as in `load_weights`."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), device)
-    loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, 0, device, recipe.num_classes)
+    loaded = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, 0,
+                       device, recipe.num_classes)
     return evaluate(load_weights(weights, recipe, model, mode, loaded.channels).to(device), loaded.test.epoch(), recipe)
 
 # %% ../../nbs/lab/f_training.ipynb #f10c0000
-FOREIGN = dict(vgg16="vgg16_bn", **{f"efficientnet_b{i}": f"efficientnet_b{i}" for i in range(8)})       # the other nets of Table 3, as torchvision has them
+# the other nets of Table 3, as torchvision has them
+FOREIGN = dict(vgg16="vgg16_bn", **{f"efficientnet_b{i}": f"efficientnet_b{i}" for i in range(8)})
 
 
 def build_model(name, mode, recipe: Recipe, in_chans: int, scales=None) -> nn.Module:
-    "The net that `recipe` trains: one of `create_model`, or of Table 3 from torchvision. ValueError for an unknown one, or a mode that it does not have."
+    """The net that `recipe` trains: one of `create_model`, or of Table 3 from torchvision.
+
+    ValueError for an unknown one, or a mode that it does not have."""
     if name in FOREIGN:
-        if mode != "target" or in_chans != 3: raise ValueError(f"{name} is torchvision's, for pictures of 3 channels; it has no mode {mode!r}")
+        if mode != "target" or in_chans != 3:
+            raise ValueError(f"{name} is torchvision's, for pictures of 3 channels; it has no mode {mode!r}")
         import torchvision
         model = getattr(torchvision.models, FOREIGN[name])(num_classes=recipe.num_classes)
-    else: model = create_model(name, mode, recipe.num_classes, in_chans, recipe.strides, init=recipe.init, scales=scales or recipe.scale_init)
+    else:
+        model = create_model(name, mode, recipe.num_classes, in_chans, recipe.strides, init=recipe.init, scales=scales
+                             or recipe.scale_init)
     if recipe.bn_batch and recipe.bn_batch < recipe.batch_size: split_batch_norm(model, recipe.bn_batch)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
@@ -157,8 +180,10 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
     "Train the run in `folder` to its end and leave record, weights and scales there"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(asked["seed"], "init").initial_seed())
-        model = build_model(asked["model"], asked["mode"], recipe, data.channels, scales if asked["mode"] == "csla" else None)
-        if asked["reinitialize"]: scales.reinitialize_(model, identity=recipe.identity, init=recipe.init, plain=getattr(model, "plain", ()))
+        model = build_model(asked["model"], asked["mode"], recipe, data.channels, scales if asked["mode"] == "csla"
+                            else None)
+        if asked["reinitialize"]:
+            scales.reinitialize_(model, identity=recipe.identity, init=recipe.init, plain=getattr(model, "plain", ()))
     model.to(device)
     opt = make_optimizer(asked["optimizer"], model, recipe, scales)
     mean, move = averaging(model, recipe.ema_decay)
@@ -175,8 +200,11 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
         state = saved["position"]
         if world.first: print(f"run {folder.name} goes on from {path.name} (epoch {state['epoch']})", flush=True)
     many = f", {world.size} processes" if world.size > 1 else ""
-    log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k]) + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
-    with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []): _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
+    log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k])
+                    + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
+    with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda"
+                                                                       else []):
+        _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
     if world.first: _finish(folder, asked, recipe, mean, data, state)
 
 
@@ -189,30 +217,40 @@ def _check_position(at, epochs, steps, processes) -> None:
 
 # %% ../../nbs/lab/f_training.ipynb #7375a20e
 def _loop(folder, asked, recipe, model, opt, average, data, state, world, save_seconds, log, stop):
-    "The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves. Every process notes signals by now: what follows waits for all."
-    steps, began, saved, device = len(data.train), time.time() - state["seconds"], time.time(), next(model.parameters()).device
-    mean, move = average                                                     # what is tested and kept: the model itself, or an average over its steps
-    def now(): return dict(model=model.state_dict(), optimizer=opt.state_dict(), **({} if mean is model else {"ema": mean.state_dict()}))
+    """The epochs. `state` is updated in place; saved every `save_seconds`, at a signal, and before an error leaves.
+
+    Every process notes signals by now: what follows waits for all."""
+    steps, device = len(data.train), next(model.parameters()).device
+    began, saved = time.time() - state["seconds"], time.time()
+    mean, move = average  # what is tested and kept: the model itself, or an average over its steps
+    def now():
+        return dict(model=model.state_dict(), optimizer=opt.state_dict(),
+                    **({} if mean is model else {"ema": mean.state_dict()}))
     def save(epoch, index, loss):
         state.update(epoch=epoch, index=index, loss=world.each(float(loss)), seconds=time.time() - began)
-        if world.first: _save(folder/f"step-{epoch*steps + index}.pt", dict(**now(), position=state, asked=asked), stop.signal)
-        world.highest(0)                                                      # nobody goes on, or leaves, before it is written
+        if world.first:
+            _save(folder/f"step-{epoch*steps + index}.pt", dict(**now(), position=state, asked=asked), stop.signal)
+        world.highest(0)  # nobody goes on, or leaves, before it is written
     def leave():
         if stop.signal == signal.SIGINT: raise KeyboardInterrupt
         if world.first: requeue()
         raise SystemExit(75)
     forward = averaged(model, world, torch.zeros(2, data.channels, recipe.image_size, recipe.image_size, device=device))
     if recipe.compile: forward = compiled(forward, recipe, world.size)
-    buffers = [b for b in model.buffers() if b.is_floating_point()]           # batch norm's averages: a bad forward pass spoils them before it is noticed
+    # batch norm's averages: a bad forward pass spoils them before it is noticed
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
     before = [b.clone() for b in buffers]
     copy = torch._foreach_copy_ if buffers else lambda to, of: None
     every, good = _reads(device), None
     def stopped(where, what, epoch, index, loss):
         save(epoch, index, loss)
-        raise TrainingError(f"run {folder.name} stopped {where}: {what}. The state before it is in {folder}/step-{epoch*steps + index}.pt. "
+        raise TrainingError(f"run {folder.name} stopped {where}: {what}. The state before it is in "
+                            f"{folder}/step-{epoch*steps + index}.pt. "
                             "A lower lr, a longer warm-up, clip_norm or precision=fp32 may help (--set lr=…)") from None
     def look(epoch, index, loss):
-        "Read the loss of the steps since the last look. Back to where that was if it is not finite, else keep this state."
+        """Read the loss of the steps since the last look.
+
+        Back to where that was if it is not finite, else keep this state."""
         nonlocal good
         if not loss.isfinite():
             kept, *at = good
@@ -222,27 +260,39 @@ def _loop(folder, asked, recipe, model, opt, average, data, state, world, save_s
             stopped(f"at epoch {epoch}, before step {index}", "a loss or a gradient was not finite", *at)
         good = deepcopy(now()), epoch, index, loss.clone()
     for epoch in range(state["epoch"], recipe.epochs):
-        model.train(); start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
+        model.train()
+        start, loss = state["index"], torch.tensor(state["loss"][world.rank], device=device)
         for i, (x, y) in enumerate(data.train.epoch(epoch, start), start):
-            torch.manual_seed(generator(asked["seed"], epoch, i, world.rank, "dropout").initial_seed())   # chance in the net depends on the step alone: nothing of it to save
+            # chance in the net depends on the step alone: nothing of it to save
+            torch.manual_seed(generator(asked["seed"], epoch, i, world.rank, "dropout").initial_seed())
             for g in opt.param_groups: g["lr"] = lr_at(recipe, epoch*steps + i, steps)
             if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
             if every == 1: copy(before, buffers)
             if every > 1 and (i == start or i % every == 0): look(epoch, i, loss)
             try: loss += train_step(forward, opt, x, y, recipe, check=every == 1)
-            except FloatingPointError as e: copy(buffers, before); stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
+            except FloatingPointError as e:
+                copy(buffers, before)
+                stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
             move()
             due = world.highest(2 if stop.signal else int(world.first and time.time() - saved > save_seconds))
             if every > 1 and (due or i + 1 == steps): look(epoch, i + 1, loss)
-            if due: save(epoch, i + 1, loss); saved = time.time()
+            if due:
+                save(epoch, i + 1, loss)
+                saved = time.time()
             if due == 2: leave()
             log(epoch + (i + 1)/steps, loss/(i + 1), time.time() - began)
         test = evaluate(mean, data.test.epoch(), recipe, world, stop)
-        if test is None: save(epoch, steps, loss); leave()
-        if not math.isfinite(test["loss"]): stopped(f"at the test after epoch {epoch}", f"its loss is {test['loss']}", epoch, steps, loss)
-        state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps), train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"], **{k: test[k] for k in ("top1", "top5") if k in test}))
+        if test is None:
+            save(epoch, steps, loss)
+            leave()
+        if not math.isfinite(test["loss"]):
+            stopped(f"at the test after epoch {epoch}", f"its loss is {test['loss']}", epoch, steps, loss)
+        state["epochs"].append(dict(epoch=epoch, lr=lr_at(recipe, epoch*steps + steps - 1, steps),
+                                    train_loss=sum(world.each(float(loss)))/world.size/steps, test_loss=test["loss"],
+                                    **{k: test[k] for k in ("top1", "top5") if k in test}))
         if asked["mode"] == "hs": state["means"].append(scale_means(mean))
-        if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1): _write_weights(mean, folder/"best.safetensors", last=False)
+        if world.first and test["top1"] > max((e["top1"] for e in state["epochs"][:-1]), default=-1):
+            _write_weights(mean, folder/"best.safetensors", last=False)
         state.update(index=0, loss=[0.]*world.size, seconds=time.time() - began)
         log(epoch + 1, state["epochs"][-1]["train_loss"], state["seconds"], test["top1"])
 
@@ -253,13 +303,15 @@ def _on_disk(what, last):
     try: yield
     except OSError as e:
         said = f"{what} could not be written: {e.strerror}"
-        if last: raise TrainingError(f"{said}. Make room and call again: the run goes on from its last checkpoint") from None
+        if last:
+            raise TrainingError(f"{said}. Make room and call again: the run goes on from its last checkpoint") from None
         warnings.warn(f"{said}; training goes on")
 
 
 def _write_weights(model, path, last=True):
     "The weights of `model` as safetensors, whole or not at all"
-    with _on_disk(path, last): records.write_atomic(path, to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
+    with _on_disk(path, last):
+        records.write_atomic(path, to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}))
 
 
 def _save(path, state, last):
@@ -271,29 +323,36 @@ def scale_means(model: nn.Module) -> list:
     "[[mean of s, t, identity] of each block, nan where a block has no such branch] of a Hyper-Search model"
     nan = float("nan")
     return [[float(m.scales["conv"].mean()), float(m.scales["conv_1x1"].mean()) if "conv_1x1" in m.branches else nan,
-             float(m.theta_identity.mean()) if "identity" in m.branches else nan] for m in model.modules() if isinstance(m, CSLA)]
+             float(m.theta_identity.mean()) if "identity" in m.branches else nan] for m in model.modules()
+             if isinstance(m, CSLA)]
 
 
 def _finish(folder, asked, recipe, model, data, state):
     "Write weights, scales, arrays and, last, the record: a run is finished when its record is there"
     last = state["epochs"][-1]
-    metrics = dict(loss=last["test_loss"], best_top1=max(e["top1"] for e in state["epochs"]), **{k: last[k] for k in ("top1", "top5") if k in last})
+    metrics = dict(loss=last["test_loss"], best_top1=max(e["top1"] for e in state["epochs"]),
+                   **{k: last[k] for k in ("top1", "top5") if k in last})
     if broken := len(data.train.broken) + len(data.test.broken): metrics["broken_pictures"] = broken
     with _on_disk(f"what run {folder.name} leaves", True):
         _write_weights(model, folder/"final.safetensors")
         if asked["mode"] == "hs":
-            header = dict(arch=asked["model"], recipe=label(recipe), seed=asked["seed"], accuracy=last["top1"], commit=records.where()["commit"])
-            metrics["scales"] = extract_scales(model, **header).save(folder/"scales.safetensors") and extract_scales(model).hash
+            header = dict(arch=asked["model"], recipe=label(recipe), seed=asked["seed"], accuracy=last["top1"],
+                          commit=records.where()["commit"])
+            found = extract_scales(model, **header)
+            found.save(folder/"scales.safetensors")
+            metrics["scales"] = found.hash
             np.savez_compressed(arrays := io.BytesIO(), scale_means=np.array(state["means"], np.float32))
             records.write_atomic(folder/"arrays.npz", arrays.getvalue())
-        record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"], state["seconds"])
+        record = records.make_record("search" if asked["mode"] == "hs" else "train", asked, metrics, state["epochs"],
+                                     state["seconds"])
         records.write_atomic(folder/"record.json", json.dumps(record, indent=1).encode())
     for _, p in checkpoint.steps(folder): checkpoint.remove(p)
 
 # %% ../../nbs/lab/f_training.ipynb #58b01198
 class _Progress:
     "A line at most every ten seconds, and one at the end"
-    def __init__(self, what, epochs, quiet): self.what, self.epochs, self.quiet, self.last, self.top1 = what, epochs, quiet, time.time(), None
+    def __init__(self, what, epochs, quiet):
+        self.what, self.epochs, self.quiet, self.last, self.top1 = what, epochs, quiet, time.time(), None
 
     def __call__(self, done, loss, seconds, top1=None):
         self.top1 = top1 if top1 is not None else self.top1
@@ -301,7 +360,8 @@ class _Progress:
         self.last = time.time()
         left = "" if done == self.epochs else f", {seconds/done*(self.epochs - done):.0f} s left"
         seen = "" if self.top1 is None else f", top-1 {self.top1:.2f} %"
-        print(f"{self.what}: epoch {done:.4g}/{self.epochs}, loss {float(loss):.3f}{seen}, {seconds:.0f} s{left}", flush=True)
+        print(f"{self.what}: epoch {done:.4g}/{self.epochs}, loss {float(loss):.3f}{seen}, {seconds:.0f} s{left}",
+              flush=True)
 
 
 def _reads(device) -> int:
@@ -310,14 +370,18 @@ def _reads(device) -> int:
 
 
 def compiled(model, recipe: Recipe, processes: int = 1):
-    "torch.compile, on one GPU with CUDA graphs where a step is so short that launching it takes longer; or the model itself with one warning where there is no compiler, it fails, or its cache cannot be written"
+    """torch.compile, on one GPU with CUDA graphs where a step is so short that launching it takes longer.
+
+    Or the model itself with one warning where there is no compiler, it fails, or its cache cannot be written."""
     graphs = processes == 1 and recipe.image_size <= 64 and next(model.parameters()).is_cuda
     fast, state = torch.compile(model, mode="reduce-overhead" if graphs else None), dict(ok=True)
     def forward(x):
         if state["ok"]:
             try: return fast(x)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError, OSError) as e:
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError,
+                    OSError) as e:
                 if isinstance(e, torch.OutOfMemoryError): raise
-                state["ok"] = False; warnings.warn(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
+                state["ok"] = False
+                warnings.warn(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
         return model(x)
     return forward
