@@ -487,7 +487,7 @@ def asked(folder) -> dict:
 
 @kind("arguments")
 def training_arguments():
-    yield case("training", "training", 2, "--recipe")
+    yield case("train", "train", 2, "--recipe")
     for words, *said in table("""
         --seed x | --seed
         --seed 1.5 | --seed
@@ -557,7 +557,7 @@ def training_arguments():
         --save-seconds -1 | save.seconds
         """): yield case(f"search {words}", f"search --recipe r.yaml {words}", 2, *said,
             files={"r.yaml": digits()})
-    yield case("hyper_search", "hyper_search", 2, "--recipe")
+    yield case("search", "search", 2, "--recipe")
     wild = {"r.yaml": digits(epochs=4, label_smoothing=0, lr="1.0e+30", channels_last="false")}
     for module in ("train", "search"):
         yield case(f"{module} that diverges", f"{module} --recipe r.yaml", 1, "finite", "lr", files=wild)
@@ -596,7 +596,7 @@ def other_arguments():
         speed --colour | --colour
         speed --infer vgg16 --out a.txt | a.txt
         speed --infer vgg16 --out /proc/x | /proc/x
-        quantization | --runs
+        quantize | --runs
         quantize --runs | --runs
         quantize --runs nosuch | nosuch
         quantize --runs ../../etc | ../
@@ -1349,7 +1349,7 @@ def environments():
     yield case("RANK without a world", run, (OK, 2), "RANK|WORLD", files=files, env=dict(RANK="x"))
     yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
     for what, env in UNABLE.items():
-        yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
+        yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env, seconds=300)
     many = dict(put_record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400))
     yield case("records to a pipe that is closed", "python -m repopt records --out out | head -n 1", OK, files=many,
         shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))

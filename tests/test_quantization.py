@@ -168,7 +168,7 @@ def test_one_seed_gives_no_verdict():
 @pytest.mark.parametrize("argv,why",
                          [("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"),
                           ("--runs .", "unknown finished run"), ("--runs ../runs", "unknown finished run"),
-                                      ("--runs 0123456789", "a Hyper-Search"), ("--runs broken0000", "damaged"),
+                                      ("--runs 0123456789", "record.json is not a record"), ("--runs broken0000", "record.json is not a record"),
                                       ("--speed b1 --size -3", "--size -3"),
                                       ("--runs a --qat-rate nan", "--qat-rate nan"),
                                       ("--runs a --out /proc/x", "--out"), ("--nosuch", "nosuch"),

@@ -558,7 +558,8 @@ def test_a_step_of_fake_tensors_reads_no_value_and_the_scales_keep_their_hash(cl
     from torch._subclasses.fake_tensor import FakeTensorMode
     scales = some_scales(net())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        a = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, bias=False)).double()
+        sizes = dict(kernel_size=3, padding=1, dtype=torch.float64)
+        a = nn.Sequential(nn.Conv2d(4, 4, **sizes), nn.Tanh(), nn.Conv2d(4, 4, bias=False, **sizes))
         opt = cls(a.named_parameters(), lr=.01, scales=scales)
         for p in a.parameters(): p.grad = torch.zeros_like(p)
         opt.step()

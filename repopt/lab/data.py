@@ -383,8 +383,9 @@ def pack(root, to, size: int = 256, workers: int | None = None) -> dict:
     if size < 1: raise DataError(f"size={size}: the short side of a packed picture has at least one pixel")
     splits = {path.name: _unpacked(path) or Packed(path) for path in image_folders(root)}
     files = {f"{Path(to)/name}.{kind}.part": f"{Path(to)/name}.{kind}" for name in splits for kind in ("u8", "npz")}
-    made = not Path(to).exists()
+    made = False
     try:
+        made = not Path(to).exists()
         Path(to).mkdir(parents=True, exist_ok=True)
         out = {name: _pack(folder, Path(to)/name, size, workers) for name, folder in splits.items()}
         for part, file in files.items(): os.replace(part, file)
@@ -452,7 +453,8 @@ def _classes(path) -> list:
 
 # %% ../../nbs/lab/b_data.ipynb #affe0c31
 def why_broken(e: Exception) -> str:
-    "One line on why a picture could not be decoded"
+    "One line on why a picture could not be decoded; what lacks a package is no broken picture"
+    if isinstance(e, ImportError): raise e
     return f"{type(e).__name__}: {e}".splitlines()[0].partition(" <_io")[0]      # the file is named by whoever asks
 
 
