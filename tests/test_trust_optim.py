@@ -554,14 +554,13 @@ def test_groups_decay_kernels_alone_once_and_keep_frozen_ones():
 # --- tensors without values
 
 @pytest.mark.parametrize("cls", [rep_optimizer(c) for c in RULES], ids=lambda c: c.__name__)
-def test_a_step_of_fake_tensors_reads_no_value_and_the_scales_keep_their_hash(cls):
+def test_built_over_fake_tensors_the_scales_keep_their_hash(cls):
+    "As the prediction of memory builds them: a hash of fake values would be another optimizer's"
     from torch._subclasses.fake_tensor import FakeTensorMode
     scales = some_scales(net())
+    want = Scales(dict(scales)).hash
     with FakeTensorMode(allow_non_fake_inputs=True):
         sizes = dict(kernel_size=3, padding=1, dtype=torch.float64)
         a = nn.Sequential(nn.Conv2d(4, 4, **sizes), nn.Tanh(), nn.Conv2d(4, 4, bias=False, **sizes))
         opt = cls(a.named_parameters(), lr=.01, scales=scales)
-        for p in a.parameters(): p.grad = torch.zeros_like(p)
-        opt.step()
-        assert opt.param_groups[0]["scales_sha256"] == scales.hash
-    assert opt.param_groups[0]["scales_sha256"] == Scales(dict(scales)).hash
+    assert opt.param_groups[0]["scales_sha256"] == want
