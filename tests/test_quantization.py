@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from repopt import quantization
-from repopt.lab import int8
+from repopt.lab import int8, records
 from repopt.quantization import QuantizationError, chance, export_int8, quantize, quantize_aware
 from repopt.lab.int8 import find_run
 
@@ -28,8 +28,8 @@ class Functional(nn.Module):
     "ReLU and addition as functions and in place, a norm that follows no conv"
     def __init__(self):
         super().__init__()
-        self.norm, self.a, self.b, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(
-            8, 8, 3, 1, 1), nn.Linear(8, 10)
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(8, 10)
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
 
     def forward(self, x):
         y = F.relu(self.a(self.norm(x)), inplace=True)
@@ -90,9 +90,9 @@ def test_batches_as_loaders_give_them(kind):
 @pytest.mark.parametrize("loader,why",
                          [(None, "must be batches"), ("train", "must be batches"), ([None], "a batch must be"),
                           ([(LABELS, LABELS)], "a batch must be"),
-                                        ([dict(a=IMAGES, b=IMAGES)], "2 floating-point tensors"),
-                                        ([IMAGES[:32], IMAGES[:32, :, :16]], "several sizes"),
-                                        ([IMAGES[:8]], "too few"), (IMAGES*float("nan"), "not finite")])
+                          ([dict(a=IMAGES, b=IMAGES)], "2 floating-point tensors"),
+                          ([IMAGES[:32], IMAGES[:32, :, :16]], "several sizes"),
+                          ([IMAGES[:8]], "too few"), (IMAGES*float("nan"), "not finite")])
 def test_batches_that_mean_nothing_are_refused(loader, why):
     with pytest.raises(QuantizationError, match=why): quantize(small(), loader)
 
@@ -100,8 +100,8 @@ def test_batches_that_mean_nothing_are_refused(loader, why):
 @pytest.mark.parametrize("net,why",
                          [(lambda: small().double(), "call .float"),
                           (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()).eval(), "no conv and no linear|not logits"),
-                                     (lambda: nn.Conv2d(3, 8, 3).eval(), "not logits"), (lambda: "net", "takes a net"),
-                                     (lambda: small().train(), "call .eval")])
+                          (lambda: nn.Conv2d(3, 8, 3).eval(), "not logits"), (lambda: "net", "takes a net"),
+                          (lambda: small().train(), "call .eval")])
 def test_nets_that_cannot_be_int8_are_refused(net, why):
     with pytest.raises(QuantizationError, match=why): quantize(net(), IMAGES)
 
@@ -118,9 +118,8 @@ def test_an_int8_net_says_which_images_it_takes_and_survives_copies():
     for x in (IMAGES[:, :, :16], IMAGES.byte(), None):
         with pytest.raises(QuantizationError, match="takes floating-point images"): q(x)
     want = q(IMAGES)
-    assert torch.equal(q(IMAGES.double()), want) and torch.equal(copy.deepcopy(q)(IMAGES),
-                                                                 want) and torch.allclose(
-                                                                     q(IMAGES[:1]), want[:1], atol=1e-6)
+    assert torch.equal(q(IMAGES.double()), want) and torch.equal(copy.deepcopy(q)(IMAGES), want)
+    assert torch.allclose(q(IMAGES[:1]), want[:1], atol=1e-6)
     torch.save(q.state_dict(), io.BytesIO())
     with pytest.raises(QuantizationError, match="export_int8"): torch.save(q, io.BytesIO())
 
@@ -140,8 +139,8 @@ def test_a_file_is_judged_by_pairs_and_by_logits(tmp_path, monkeypatch):
         return export_int8(q, tmp_path/"net.onnx", [(torch.rand(n, 3, 32, 32), labels)])
     for good in (dict(lost=2), dict(won=2), dict(lost=1, won=1)):
         found = judged(**good)
-        assert (found["worse"], found["better"]) == (good.get("lost", 0),
-                                                     good.get("won", 0)) and Path(found["path"]).exists()
+        assert (found["worse"], found["better"]) == (good.get("lost", 0), good.get("won", 0))
+        assert Path(found["path"]).exists()
         Path(found["path"]).unlink()
     for bad in (dict(lost=20), dict(factor=1.2), dict(factor=float("nan"))):
         with pytest.raises(QuantizationError, match="nothing written"): judged(**bad)
@@ -156,26 +155,23 @@ def test_chance_is_mcnemars_exact_test():
 
 
 def test_one_seed_gives_no_verdict():
-    record = dict(metrics=dict(layers={s: {int8.SAMPLED: {k: 1.
-                                                          for k in ("overall", "central", "surrounding",
-                                                                    "max_over_std")}}
-                                       for s in ("before fusing BN", "after fusing BN", "after branch addition",
-                                                 "kernel", "kernel, BN folded")}))
+    stages = ("before fusing BN", "after fusing BN", "after branch addition", "kernel", "kernel, BN folded")
+    spread = dict(overall=1., central=1., surrounding=1., max_over_std=1.)
+    record = dict(metrics=dict(layers={stage: {int8.SAMPLED: spread} for stage in stages}))
     assert {r["verdict"] for r in int8.observations([record], [record])} == {"one seed: none"}
     assert {r["verdict"] for r in int8.observations([record]*2, [record]*2)} <= {"holds", "refuted", "mixed"}
 
 
-@pytest.mark.parametrize("argv,why",
-                         [("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"),
-                          ("--runs .", "unknown finished run"), ("--runs ../runs", "unknown finished run"),
-                                      ("--runs 0123456789", "record.json is not a record"), ("--runs broken0000", "record.json is not a record"),
-                                      ("--speed b1 --size -3", "--size -3"),
-                                      ("--runs a --qat-rate nan", "--qat-rate nan"),
-                                      ("--runs a --out /proc/x", "--out"), ("--nosuch", "nosuch"),
-                                      ("--speed repoptvgg_z9", "z9")])
+@pytest.mark.parametrize("argv,why", [
+    ("", "nothing to do"), ("--runs nosuch", "unknown finished run 'nosuch'"), ("--runs .", "unknown finished run"),
+    ("--runs ../runs", "unknown finished run"), ("--runs 0123456789", "a Hyper-Search"),
+    ("--runs broken0000", "record.json is not a record"), ("--speed b1 --size -3", "--size -3"),
+    ("--runs a --qat-rate nan", "--qat-rate nan"), ("--runs a --out /proc/x", "--out"), ("--nosuch", "nosuch"),
+    ("--speed repoptvgg_z9", "z9")])
 def test_the_command_line_refuses_in_one_line(argv, why, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("REPOPT_BUILD", str(tmp_path))
-    for name, text in {"0123456789": json.dumps(dict(asked=dict(mode="hs"))), "broken0000": "{"}.items():
+    search = records.make_record("search", dict(mode="hs", model="repoptvgg_digits"), dict(top1=50.))
+    for name, text in {"0123456789": json.dumps(search), "broken0000": "{"}.items():
         (tmp_path/"runs"/name).mkdir(parents=True)
         (tmp_path/"runs"/name/"record.json").write_text(text)
     code, (out, err) = int8.main(argv.split()), capsys.readouterr()
