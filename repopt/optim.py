@@ -440,9 +440,8 @@ class Terms:
     """The branches of a kernel, or of a shard of its rows that begins with `first_row`.
 
     `segments`: [(first column, last, [Term])], one where each smaller branch's columns are scattered. With a branch
-    whose
-    columns differ from row to row, as an identity's do, `scattered`: the flat indices of the entries it reaches, and
-    `there`: the terms of all branches at them."""
+    whose columns differ from row to row, as an identity's do, `scattered`: the flat indices of the entries it reaches,
+    and `there`: the terms of all branches at them."""
     def __init__(self, scales: Mapping, p: Tensor, order: tuple, first_row: int = 0):
         kw, rows = dict(device="cpu", dtype=torch.float64 if p.dtype == torch.float64
                         else torch.float32), slice(first_row, first_row + len(p))
@@ -761,8 +760,8 @@ def _update(self, i, t, views):
         G.append(g)
         T.append(v["terms"].there)
     if group.get("maximize"): G = [-g for g in G]
-    flags, k = self.rule.flags(group), self.rule.scalars(group, self.state[views[0]["p"]]["step"]
-                                                         if group.get("capturable") else t) if views else {}
+    steps = self.state[views[0]["p"]]["step"] if views and group.get("capturable") else t
+    flags, k = self.rule.flags(group), self.rule.scalars(group, steps) if views else {}
     before = [(v, v["whole"].clone()) for v in views if v["held"] is not None]
     self._run((i, flags), P, G, S, T, k)
     for v, parts in corners:
@@ -889,9 +888,8 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
     """The RepOptimizer of a torch optimizer class, with its signature plus `scales=` and `plain=`.
 
     `rule`: None (the exact way that is known for `cls`, explicit branches for an unknown class), 'gradient' (Σα² into
-    the gradient),
-    'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the step does not see
-    the gradient's size), 'explicit'."""
+    the gradient), 'branch' (per-branch updates on shared state), 'update' (Σ|α| times the step: exact only where the
+    step does not see the gradient's size), 'explicit'."""
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
     if cls.step is torch.optim.Optimizer.step:
@@ -928,9 +926,10 @@ class _Ruled(RepOptimizer):
         groups = self._bind(params, scales, plain)
         if compiled is not None and not isinstance(compiled, bool):
             raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
-        self.compiled = {(True, False): True,
-                         (False, True): False}.get((bool(kwargs.get("fused")),
-                                                    bool(kwargs.get("foreach")))) if compiled is None else compiled
+        if compiled is None:
+            asked = bool(kwargs.get("fused")), bool(kwargs.get("foreach"))
+            compiled = {(True, False): True, (False, True): False}.get(asked)
+        self.compiled = compiled
         super().__init__([{"eps_form": eps_form, **g} for g in groups], *args, **kwargs)
         self.defaults["eps_form"] = eps_form                                                # of groups that come later
         # a GradScaler shall unscale the gradients itself: ours are not torch's fused kernels
@@ -1106,9 +1105,8 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_
     `max_norm`. Returns the norm before.
 
     `optimizer`: a RepOptimizer, one that `attach` gave scales, or what accelerate and Lightning wrap around either.
-    Gradients sharded
-    by FSDP2 are counted over all processes. ValueError for an optimizer without scales, or a `max_norm` that is not
-    above 0."""
+    Gradients sharded by FSDP2 are counted over all processes. ValueError for an optimizer without scales, or a
+    `max_norm` that is not above 0."""
     own = optimizer
     while not hasattr(own, "_mults") and isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
         own = own.optimizer

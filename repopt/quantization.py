@@ -327,9 +327,11 @@ def put_back_norms(model: nn.Module, batches: list) -> nn.Module:
     blocks = [m for m in model.modules() if isinstance(m, RepVGGBlock)]
     if any(not hasattr(b, "conv") for b in blocks) or not blocks:
         raise QuantizationError("norms are put back into a fused RepVGG: call .reparameterize() first")
-    note = lambda b: lambda _, __, y: seen.setdefault(b,
-                                                      []).append(torch.stack([y.mean((0, 2, 3)), y.square().mean((
-                                                          0, 2, 3)), torch.full((y.shape[1],), float(len(y)))]))
+    def note(b):
+        def see(_, __, y):
+            moments = y.mean((0, 2, 3)), y.square().mean((0, 2, 3)), torch.full((y.shape[1],), float(len(y)))
+            seen.setdefault(b, []).append(torch.stack(moments))
+        return see
     hooks = [b.conv.register_forward_hook(note(b)) for b in blocks]
     for x in batches: model(x)
     for h, b in zip(hooks, blocks):
@@ -471,10 +473,8 @@ def export_int8(model: Quantized, path, test=None) -> dict:
     gets right, the file has `better` of them and the model `worse`; `apart` is the relative distance of their logits.
 
     Raises QuantizationError, and writes nothing, for a float model, a place or an engine that is not there, and for a
-    file
-    that does not compute what the model does: logits more than a tenth of their norm apart, or more images lost than
-    won
-    where a fair coin would do so once in a thousand times."""
+    file that does not compute what the model does: logits more than a tenth of their norm apart, or more images lost
+    than won where a fair coin would do so once in a thousand times."""
     path = Path(path)
     if not isinstance(model, Quantized):
         raise QuantizationError(f"export_int8 writes what quantize or quantize_aware returned, not a "
@@ -483,8 +483,8 @@ def export_int8(model: Quantized, path, test=None) -> dict:
         raise QuantizationError(f"{path} is no place for a file: {path.parent} must be a folder, and {path.name} not "
                                 f"one")
     _engine()
-    batches = [(model.images, None)] if test is None else [_batch(b, labelled=True)
-                                                           for b in _batches(test, "the test set")]
+    if test is None: batches = [(model.images, None)]
+    else: batches = [_batch(b, labelled=True) for b in _batches(test, "the test set")]
     if not sum(len(x) for x, _ in batches):
         raise QuantizationError("the test set is empty: there is nothing to check the file with")
     part = path.with_name(f".{path.name}.{os.getpid()}")

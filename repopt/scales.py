@@ -88,9 +88,8 @@ def own_names(names, scales) -> dict:
     """{parameter's name: its name in `scales`, or where it has none there, the name without wrappers' prefixes}.
 
     A name that stands in `scales` is its own; a whole net in a wrapper is told by names that all begin with its prefix;
-    what is left, wrappers
-    of inner modules, is joined where one name alone can be meant. ValueError where two parameters would share one
-    entry."""
+    what is left, wrappers of inner modules, is joined where one name alone can be meant. ValueError where two
+    parameters would share one entry."""
     bare, plain = unwrapped(names), {n: n for n in names}
     own = max((plain, bare), key=lambda o: sum(v in scales for v in o.values()))
     found = {n: o for n, o in own.items() if o in scales}

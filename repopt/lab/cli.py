@@ -17,7 +17,7 @@ from .records import Parser, command_line, unknown, writable
 from .data import data_root
 from ..models import known
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
-from ..scales import Scales, read_scales
+from ..scales import Scales, load_scales, read_scales
 from .recipes import Recipe, _kinds, _parsed
 from .training import OPTIMIZERS, evaluate_weights, FOREIGN
 from .runs import run
@@ -44,10 +44,8 @@ def parameters(namespace: dict, names: str) -> SimpleNamespace:
     p = given(namespace, names)
     if p.seeds is not None and (isinstance(p.seeds, bool) or not isinstance(p.seeds, int) or p.seeds < 1):
         raise ValueError(f"seeds={p.seeds!r} must be a number of runs, at least 1")
-    p.recipe = Recipe.load(p.recipe,
-                           **{k: v for k, v in dict(model=p.model, epochs=p.epochs,
-                                                    batch_size=getattr(p, "batch_size", None)).items()
-                                                    if v is not None})
+    own = dict(model=p.model, epochs=p.epochs, batch_size=getattr(p, "batch_size", None))
+    p.recipe = Recipe.load(p.recipe, **{k: v for k, v in own.items() if v is not None})
     for k, kinds, says in (("resume", bool, "true or false"), ("data", str, "a folder"), ("out", str, "a folder")):
         if not isinstance(v := getattr(p, k, None), (kinds, type(None))): raise ValueError(f"{k}={v!r} must be {says}")
     if p.recipe.model not in FOREIGN: known(p.recipe.model)
@@ -74,9 +72,8 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
     p.add_argument("--save-seconds", type=float, help="between checkpoints (default: 60)")
     p.add_argument("--restart", action="store_true", help="do not go on from a checkpoint")
     if mode == "hs":
-        p.add_argument("--compare", type=int, metavar="ROUNDS", help="train nothing: time ROUNDS steps of the search "
-                                                                     "beside as many of three branches, eager and in "
-                                                                     "fp32")
+        p.add_argument("--compare", type=int, metavar="ROUNDS", help=(
+            "train nothing: time ROUNDS steps of the search beside as many of three branches, eager and in fp32"))
     if mode == "target":
         p.add_argument("--optimizer", help=", ".join(OPTIMIZERS))
         p.add_argument("--mode", default="target", help="target, csla, hs")
@@ -84,10 +81,10 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
         p.add_argument("--nodes", type=int, default=1, help="nodes, in a Slurm allocation")
         p.add_argument("--broken", default="skip", choices=["skip", "refuse"],
                        help="pictures that cannot be decoded: leave them out, or look for them first and do not begin")
-        p.add_argument("--weights", help="train nothing: test the weights in this file, published by others or from an "
-                                         "earlier run")
-        p.add_argument("--keep-init", action="store_true", help="scales in the optimizer only: the net starts as "
-                                                                "without them")
+        p.add_argument("--weights", help=(
+            "train nothing: test the weights in this file, published by others or from an earlier run"))
+        p.add_argument("--keep-init", action="store_true",
+                       help="scales in the optimizer only: the net starts as without them")
         p.add_argument("--scales", help="a scales file, a shipped name, 'ones' or 'sqrt2l'")
     a = p.parse_args(argv)
     over = _overrides(a.set)
@@ -115,7 +112,6 @@ def _overrides(words) -> dict:
 # %% ../../nbs/lab/j_cli.ipynb #e15e6a1b
 def named_scales(name, recipe: Recipe):
     "Scales by what a user writes: None, a file, 'ones' or 'sqrt2l', or the name of shipped ones"
-    from repopt.scales import load_scales
     if name is None: return None
     if name in ("ones", "sqrt2l"): return initial_scales(recipe.model, name)
     if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.read(name)
@@ -145,8 +141,8 @@ def scales(argv=None) -> int:
     p = Parser(prog="python -m repopt scales", description="Files of scales.")
     convert = p.add_subparsers(required=True, metavar="convert").add_parser(
         "convert", help="write the scales of any file that can be read as a file of ours")
-    convert.add_argument("source", metavar="IN", help="the authors' *scales.pth, a checkpoint of their Hyper-Search, "
-                                                      "or a file of ours")
+    convert.add_argument("source", metavar="IN", help=(
+        "the authors' *scales.pth, a checkpoint of their Hyper-Search, or a file of ours"))
     convert.add_argument("to", metavar="OUT", help="*.safetensors")
     convert.add_argument("--arch", default="", help="for which net, e.g. repoptvgg_b1")
     a = p.parse_args(argv)

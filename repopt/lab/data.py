@@ -584,9 +584,8 @@ class TensorLoader:
     def epoch(self, epoch: int = 0, start: int = 0):
         "Yield (x float `[N, C, H, W]` normalised, y) for the steps from `start` on"
         s, pad, device = self.split, self.split.images.shape[-1]//8, self.split.labels.device
-        order = torch.randperm(len(s), generator=generator(self.seed,
-                                                           epoch)).to(device) if self.train else torch.arange(
-                                                               len(s), device=device)
+        if self.train: order = torch.randperm(len(s), generator=generator(self.seed, epoch)).to(device)
+        else: order = torch.arange(len(s), device=device)
         for step in range(start, len(self)):
             batch = order[step*self.batch_size:(step + 1)*self.batch_size]
             part = share(len(batch), self.shard)

@@ -42,8 +42,8 @@ class ResidualBlock(nn.Module):
 
 def resnet_b1() -> nn.Sequential:
     "Three stages of 4, 6 and 16 residual blocks, as wide as RepOpt-VGG-B1"
-    widths, layers = [(64, 128, 4), (128, 256, 6), (256, 512, 16)], [nn.Conv2d(3, 64, 3, 2, 1, bias=False),
-                                                                     nn.BatchNorm2d(64), nn.ReLU()]
+    widths = [(64, 128, 4), (128, 256, 6), (256, 512, 16)]
+    layers = [nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     for c, o, n in widths: layers += [ResidualBlock(c if i == 0 else o, o, 2 if i == 0 else 1) for i in range(n)]
     return nn.Sequential(*layers)
 
@@ -153,8 +153,8 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
         for m in net.modules():
             if isinstance(m, CSLA): m.folded = folded
         opt = make_optimizer("sgd", net, replace(r, lr=r.lr/10))                # no warm-up here, so a tenth of the lr
-        forward, batches = compiled(net, r) if r.compile else net, (b for e in itertools.count()
-                                                                    for b in d.train.epoch(e))
+        forward = compiled(net, r) if r.compile else net
+        batches = (b for e in itertools.count() for b in d.train.epoch(e))
         def once():
             x, y = next(batches)
             if r.channels_last: x = x.contiguous(memory_format=torch.channels_last)

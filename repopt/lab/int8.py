@@ -87,9 +87,9 @@ def qat(run: Run, norms: str = "own", rate: float = .1, weights: str = "per_chan
     before, q = evaluate(model, d.test.epoch(), recipe)["top1"], quantize_aware(model, train, epochs, lr, weights)
     tune(model.train(), train, epochs, lr)
     int8, tuned = (evaluate(m, d.test.epoch(), recipe)["top1"] for m in (q, model))
-    return _record("qat", run, q, dict(weights=weights, norms=norms, rate=rate, qat_epochs=epochs,
-                                       qat_batches=len(train)), dict(top1=int8, top1_fp32=before, top1_tuned=tuned,
-                                                                     drop=before - int8), start, out)
+    asked = dict(weights=weights, norms=norms, rate=rate, qat_epochs=epochs, qat_batches=len(train))
+    return _record("qat", run, q, asked, dict(top1=int8, top1_fp32=before, top1_tuned=tuned, drop=before - int8), start,
+                   out)
 
 # %% ../../nbs/lab/i_int8.ipynb #ed9702c7
 @torch.no_grad()

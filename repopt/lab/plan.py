@@ -115,12 +115,11 @@ def plan(recipe, model=None, mode="target", optimizer="sgd", scales=None, seed=0
     words = arguments(recipe, model or recipe.model, mode, optimizer, scales, seed, data, out)
     meet = {} if nodes == 1 else dict(endpoint="$HEAD:29500")
     own = shlex.join(["python", "-m", "repopt", "train", *map(str, words), "--gpus", str(gpus), "--nodes", str(nodes)])
-    lines += ["on this node:" if nodes == 1 else "on every node, $HEAD being one of them:", "  "
-              + shlex.join(command(words, gpus, nodes, **meet)).replace(sys.executable,
-                                                                        "python").replace(
-                                                                            "'$HEAD:29500'", "$HEAD:29500"),
-              "under Slurm:", f"  sbatch --nodes={nodes} --gpus-per-node={gpus} --requeue --signal=B:USR1@120 --wrap "
-                              f"{shlex.quote('exec ' + own)}"]
+    line = shlex.join(command(words, gpus, nodes, **meet)).replace(sys.executable, "python")
+    lines += ["on this node:" if nodes == 1 else "on every node, $HEAD being one of them:",
+              "  " + line.replace("'$HEAD:29500'", "$HEAD:29500"), "under Slurm:",
+              f"  sbatch --nodes={nodes} --gpus-per-node={gpus} --requeue --signal=B:USR1@120 --wrap "
+              + shlex.quote("exec " + own)]
     return lines
 
 # %% ../../nbs/lab/h_plan.ipynb #1a7d0001

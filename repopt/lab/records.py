@@ -39,9 +39,8 @@ def _cpu():
 def where(seconds: float = 0.) -> dict:
     "Hardware, threads, versions and commit: the part of a record that may differ between two makings of the same run"
     cuda = torch.cuda.is_available()
-    return dict(hardware=torch.cuda.get_device_name() if cuda else f"{_cpu()} ({os.cpu_count()} cores, "
-                                                                   f"{torch.backends.cpu.get_cpu_capability()})",
-                                                                   threads=torch.get_num_threads(),
+    cpu = f"{_cpu()} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+    return dict(hardware=torch.cuda.get_device_name() if cuda else cpu, threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               **({"cuda": torch.version.cuda} if cuda else {})),
                 commit=_git("rev-parse", "--short=10", "HEAD"),

@@ -105,8 +105,8 @@ def cells(table: int) -> dict:
     """{(row, column): Query or a number that is computed} of a table.
 
     A cell of the paper that is not named here is one that nothing here can run yet."""
-    out, small, int8, paper_speed = {}, dict(stand_in=True), dict(stand_in=True, recipes=QUANTIZED), dict(
-        size=224, precision="fp32", compiled=False)
+    out, small, int8 = {}, dict(stand_in=True), dict(stand_in=True, recipes=QUANTIZED)
+    paper_speed = dict(size=224, precision="fp32", compiled=False)
     if table in (1, 2):
         for row in paper_table(table):
             size, vgg = row.split("-")[-1].lower(), row.startswith("RepVGG")
@@ -119,30 +119,29 @@ def cells(table: int) -> dict:
                         (row, "Top-1 @BS=32"): query("train", "top1", stand_in=size == "b1",
                                                      recipe__batch_size=lambda b: b in (256, 64), **asked),
                         (row, "MaxBS"): query("max_batch", "max_batch", ("gpu",), model=name, size=224,
-                                              precision="fp32", cap=11), (row, "Speed @BS=32"): query(
-                                                  "train_speed", "images_per_second", ("gpu",), model=name,
-                                                  **paper_speed, batch=32), (row, "Speed @MaxBS"): query(
-                                                      "train_speed", "images_per_second", ("gpu",), model=name,
-                                                      **paper_speed, batch="max", cap=11)}
+                                              precision="fp32", cap=11)}
+                for column, batch in (("Speed @BS=32", dict(batch=32)), ("Speed @MaxBS", dict(batch="max", cap=11))):
+                    out[row, column] = query("train_speed", "images_per_second", ("gpu",), model=name, **paper_speed,
+                                             **batch)
     if table == 3:
         for row in paper_table(3):
-            name = row.replace("RepOpt-VGG-", "repoptvgg_").replace("EfficientNet-",
-                                                                    "efficientnet_").replace(
-                                                                        "VGGNet-16", "vgg16").replace(
-                                                                            "-SE", "_se").lower()
-            out |= {(row, "Top-1"): query("train", "top1", IDENTICAL, stand_in=name == "repoptvgg_b1", model=name,
-                                          **(rep | dict(scales_from=searched) if "repopt" in name else {})),
-                                          (row, "Throughput"): query("throughput", "images_per_second", ("gpu",),
-                                                                     model=name, precision="fp32", compiled=False,
-                                                                     batch=lambda b, n=name: b in (TABLE3[n][1], 8))}
+            name = row
+            for theirs, ours in (("RepOpt-VGG-", "repoptvgg_"), ("EfficientNet-", "efficientnet_"),
+                                 ("VGGNet-16", "vgg16"), ("-SE", "_se")): name = name.replace(theirs, ours)
+            name = name.lower()
+            arm = rep | dict(scales_from=searched) if "repopt" in name else {}
+            out[row, "Top-1"] = query("train", "top1", IDENTICAL, stand_in=name == "repoptvgg_b1", model=name, **arm)
+            out[row, "Throughput"] = query("throughput", "images_per_second", ("gpu",), model=name, precision="fp32",
+                                           compiled=False, batch=lambda b, n=name: b in (TABLE3[n][1], 8))
     if table == 4:
-        rows = {"SGD": plain, "AdamW": dict(optimizer="adamw", scales=None), "RepOptimizer, Hyper-Search": rep
-                | dict(scales_from=searched), "RepOptimizer, all 1": rep | dict(scales_from="ones"),
+        rows = {"SGD": plain, "AdamW": dict(optimizer="adamw", scales=None),
+                "RepOptimizer, Hyper-Search": rep | dict(scales_from=searched),
+                "RepOptimizer, all 1": rep | dict(scales_from="ones"),
                 "RepOptimizer, same as HS initialization": rep | dict(scales_from="sqrt2l"),
-                "RepOptimizer, Hyper-Search, initialization unchanged": dict(
-                    optimizer="repsgd", reinitialize=False, scales_from=searched),
-                    "RepOptimizer, Hyper-Search, gradients unchanged": dict(
-                        optimizer="sgd", reinitialize=True, scales_from=searched)}
+                "RepOptimizer, Hyper-Search, initialization unchanged":
+                    dict(optimizer="repsgd", reinitialize=False, scales_from=searched),
+                "RepOptimizer, Hyper-Search, gradients unchanged":
+                    dict(optimizer="sgd", reinitialize=True, scales_from=searched)}
         out = {(row, "Top-1"): query("train", "top1", **small, **B1, **asked) for row, asked in rows.items()}
     if table == 6:
         for row in paper_table(6):
@@ -156,9 +155,8 @@ def cells(table: int) -> dict:
             out[row, "Quantized Top-1" if table == 8 else "PTQ"] = query(
                 "ptq", "top1", **int8, weights="per_channel", activations=histogram, **kinds[row])
             if table == 8:
-                out[row, "Std of parameters"] = query("spread", "sampled/kernel/overall" if "Opt" in row
-                                                      else "sampled/after branch addition/overall", **int8,
-                                                      **kinds[row])
+                stage = "kernel" if "Opt" in row else "after branch addition"
+                out[row, "Std of parameters"] = query("spread", f"sampled/{stage}/overall", **int8, **kinds[row])
             else: out[row, "QAT"] = query("qat", "top1", **int8, **qat_as["Opt" in row], **kinds[row])
     if table == 9:
         for row, how in (("all 1", "ones"), ("sqrt(2/l)", "sqrt2l")):
@@ -168,15 +166,15 @@ def cells(table: int) -> dict:
     if table == 11:
         for row in paper_table(11):
             stage = "kernel" if "Opt" in row else row.split(", ")[1]
+            arm = B1 | dict(optimizer="repsgd") if "Opt" in row else dict(model="repvgg_b1")
             for column in ("Overall", "Central", "Surrounding"):
-                out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", **int8, model="repoptvgg_b1"
-                                         if "Opt" in row else "repvgg_b1",
-                                         **(dict(optimizer="repsgd") if "Opt" in row else {}))
-    for row, asked in (("RepGhostNet-0.5x", dict(model="repghostnet_050", **plain)),
-                       ("RepOpt-GhostNet-0.5x", dict(model="repoptghostnet_050", **rep,
-                                                     scales_from=searched))) if table == 12 else ():
-        out[row, "Top-1"] = query("train", "top1", ("imagenet_ghost",), recipes=("imagenet_ghost", *ORDER), **small,
-                                  **asked)
+                out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", **int8, **arm)
+    if table == 12:
+        rows = {"RepGhostNet-0.5x": dict(model="repghostnet_050", **plain),
+                "RepOpt-GhostNet-0.5x": dict(model="repoptghostnet_050", **rep, scales_from=searched)}
+        for row, asked in rows.items():
+            out[row, "Top-1"] = query("train", "top1", ("imagenet_ghost",), recipes=("imagenet_ghost", *ORDER), **small,
+                                      **asked)
     return out
 
 # %% ../../nbs/07_paper.ipynb #ac5f5b48
@@ -240,16 +238,15 @@ def results(found, recipe: str) -> str:
     mine = [r for r in found if records.lookup(r, "recipe__name") == recipe]
     def cell(q):
         a = answer(q, mine)
-        return "not run" if a["ours"] is None else f"{a['ours']:.2f}" + (
-            f" ± {a['std']:.2f}" if a["std"] is not None else "") + f" (n={a['n']})"
+        if a["ours"] is None: return "not run"
+        return f"{a['ours']:.2f}" + (f" ± {a['std']:.2f}" if a["std"] is not None else "") + f" (n={a['n']})"
     ask = dict(stand_in=True, recipes=(recipe,))
     lines = ["| | top-1 | INT8, per channel | INT8, per tensor | INT8 after QAT |", "|---|---|---|---|---|"]
     for arm, asked in ARMS.items():
-        lines.append(f"| {arm} | " + " | ".join([cell(query("train", "top1", **ask, **asked)),
-                                                 *(cell(query("ptq", "top1", **ask, weights=w, activations=histogram,
-                                                              **asked)) for w in ("per_channel", "per_tensor")),
-                                                 cell(query("qat", "top1", **ask, **qat_as["RepVGG" not in arm],
-                                                            **asked))]) + " |")
+        ptq = [query("ptq", "top1", **ask, weights=w, activations=histogram, **asked)
+               for w in ("per_channel", "per_tensor")]
+        qat = query("qat", "top1", **ask, **qat_as["RepVGG" not in arm], **asked)
+        lines.append(f"| {arm} | " + " | ".join(map(cell, (query("train", "top1", **ask, **asked), *ptq, qat))) + " |")
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/07_paper.ipynb #02d5d403
@@ -281,15 +278,13 @@ def figures(found) -> dict:
     # the paper's two sets, then others
     searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d))
                 if (s := first("search", data__name=d, model=vggs))]
-    for k, draw in ((6, lambda ax, s, a, name: plot_epochs(ax, a, last_of_stage3(s["asked"]["model"]),
-                                                           f"{name}: last block of stage 3")),
-                                                           (7, lambda ax, s, a, name: _by_stage(
-                                                               ax, s["asked"]["model"], a[-1],
-                                                               f"{name}: after the search"))) if searches else ():
+    def fig6(ax, model, means, name): plot_epochs(ax, means, last_of_stage3(model), f"{name}: last block of stage 3")
+    def fig7(ax, model, means, name): _by_stage(ax, model, means[-1], f"{name}: after the search")
+    for k, draw in ((6, fig6), (7, fig7)) if searches else ():
         figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
-        for ax, s in zip(axs[0], searches): draw(ax, s, arrays(s)["scale_means"], label(s["asked"]["recipe"]))
-    vgg, opt = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg")), first(
-        "spread", optimizer="repsgd")
+        for ax, s in zip(axs[0], searches): draw(ax, s["asked"]["model"], arrays(s)["scale_means"], label(s["asked"]["recipe"]))
+    vgg = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg"))
+    opt = first("spread", optimizer="repsgd")
     if vgg and opt: figs[3], figs[5] = figure3(arrays(vgg), arrays(opt)), figure5(arrays(vgg), arrays(opt))
     return figs
 

@@ -73,11 +73,10 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
     """Train and test one net with one seed; made once, found again.
 
     `recipe`: name or Recipe. `mode`: 'target', 'csla', 'hs' (Hyper-Search). `scales`: for a RepOptimizer and for
-    `reinitialize`
-    (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere. `resume=False`
-    starts over. `save_seconds`: between checkpoints
-    (default: $REPOPT_SAVE_SECONDS, else 60). `gpus`: processes on each of `nodes` nodes, one a GPU (on a CPU, by gloo);
-    they share each batch. `broken`: pictures, 'skip' or 'refuse'.
+    `reinitialize` (default: wherever scales are given, by Eq. 4). `out`: where the record is written, if anywhere.
+    `resume=False` starts over. `save_seconds`: between checkpoints (default: $REPOPT_SAVE_SECONDS, else 60). `gpus`:
+    processes on each of `nodes` nodes, one a GPU (on a CPU, by gloo); they share each batch. `broken`: pictures, 'skip'
+    or 'refuse'.
     ValueError for what does not fit, TrainingError for a run that broke off, WorkerError for a process that did.
     SIGTERM or SIGUSR1: finish the step, save, exit 75."""
     compiler_cache()

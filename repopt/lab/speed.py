@@ -599,12 +599,12 @@ def line(r: dict) -> str:
 
 def _remarks(m) -> str:
     q = m.get("speedup_quartiles")
-    return (f"   {m['speedup']:.2f}x RepVGG ({q[0]:.2f} - {q[1]:.2f})" if q
-            else "") + {True: ", baseline as fast as timm's", False: f", does not count: our RepVGG takes "
-                                                                     f"{m.get('over_timm') or 0:.2f}x timm's",
-                                                                     None: ", baseline not checked: no timm" if q
-                                                                     else ""}[m.get("counts")] \
-        + ("   NOISY: the spread is over 10 %, is something else running?" if m["noisy"] else "")
+    times = f"   {m['speedup']:.2f}x RepVGG ({q[0]:.2f} - {q[1]:.2f})" if q else ""
+    baseline = {True: ", baseline as fast as timm's",
+                False: f", does not count: our RepVGG takes {m.get('over_timm') or 0:.2f}x timm's",
+                None: ", baseline not checked: no timm" if q else ""}[m.get("counts")]
+    noise = "   NOISY: the spread is over 10 %, is something else running?" if m["noisy"] else ""
+    return times + baseline + noise
 
 # %% ../../nbs/05a_speed.ipynb #78efa8fd
 def arguments(argv=None):

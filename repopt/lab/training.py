@@ -202,8 +202,8 @@ def _make(folder, asked, recipe, scales, data, device, world, save_seconds, quie
     many = f", {world.size} processes" if world.size > 1 else ""
     log = _Progress(" ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k])
                     + f", {recipe.name}, seed {asked['seed']}{many}", recipe.epochs, quiet or not world.first)
-    with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=[device] if device.type == "cuda"
-                                                                       else []):
+    devices = [device] if device.type == "cuda" else []
+    with Signals(also=(signal.SIGINT,)) as stop, torch.random.fork_rng(devices=devices):
         _loop(folder, asked, recipe, model, opt, (mean, move), data, state, world, save_seconds, log, stop)
     if world.first: _finish(folder, asked, recipe, mean, data, state)
 
