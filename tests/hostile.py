@@ -214,9 +214,9 @@ def alone(c): return bool(c.shell or c.disk or c.without or c.env)
 def shell(c, log, folder, env, seconds):
     "The same for a shell's line"
     with open(log.with_suffix(".out"), "wb") as out, open(log.with_suffix(".err"), "wb") as err:
-        p = subprocess.Popen(["bash", "-o", "pipefail", "-c", c.do], cwd=folder, env={**os.environ, **env}, stdout=out,
-            stderr=err,
-                             stdin=subprocess.DEVNULL, start_new_session=True)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"                   # where `python` is this one
+        p = subprocess.Popen(["bash", "-o", "pipefail", "-c", c.do], cwd=folder, env={**os.environ, "PATH": path, **env},
+                             stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
         try: return {"status": p.wait(seconds)}
         except subprocess.TimeoutExpired: return {"status": "hang"}
         finally:
@@ -1349,7 +1349,7 @@ def environments():
     yield case("RANK without a world", run, (OK, 2), "RANK|WORLD", files=files, env=dict(RANK="x"))
     yield case("SLURM_JOB_ID of words", run, OK, files=files, env=dict(SLURM_JOB_ID="x y"))
     for what, env in UNABLE.items():
-        yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env, seconds=300)
+        yield case(what, compile_one if "CXX" in env else usable_cache, OK, files=files, env=env)
     many = dict(put_record(asked=dict(seed=k), id=records.run_id(dict(seed=k))) for k in range(400))
     yield case("records to a pipe that is closed", "python -m repopt records --out out | head -n 1", OK, files=many,
         shell=True, after=lambda folder, out: same(len(out.splitlines()), 1))

@@ -742,7 +742,7 @@ class FolderLoader:
         def lost(paths):
             for p in paths:
                 try: return self.folder.loader(p) is None
-                except Exception: pass
+                except Exception as e: why_broken(e)
             return True
         pictures = [[] for _ in self.folder.classes]
         for p, y in self.folder.samples: pictures[y].append(p)
