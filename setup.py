@@ -19,7 +19,7 @@ setup(
     author=cfg["author"],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["repopt", "repopt.*"]),
-    package_data={"repopt": ["assets/recipes/*.yaml", "assets/scales/*", "assets/paper/*.csv", "assets/data/*"]},
+    package_data={"repopt": ["assets/*.yaml", "assets/recipes/*.yaml", "assets/scales/*", "assets/paper/*.csv", "assets/data/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
     extras_require={"dev": requirements("dev_requirements")},

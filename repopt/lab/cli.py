@@ -165,6 +165,7 @@ COMMANDS = dict(                                                             # n
     data=("data.main", "fetch CIFAR-100, or decode a folder of pictures once"),
     scales=("cli.scales", "the authors' scales as a file of ours"),
     records=("records.main", "list the records of finished runs"),
+    evidence=("evidence.main", "make the runs behind the ledger of claims"),
     report=("report.main", "all tables and figures, from records"))
 
 USAGE = "usage: python -m repopt COMMAND … (COMMAND --help says more)\n\n" + "\n".join(

@@ -50,6 +50,7 @@ class Recipe:
     identity: str                # Eq. 4's identity: one, searched
     ema_decay: float | None = None  # of an average of the weights over the steps, which is then what is tested and kept
     accumulate: int = 1          # parts of a batch that go through the net one after the other, for one update
+    test_every: int = 1          # epochs between two tests; after the last there is always one
 
     def asked(self) -> dict:
         """The settings as a record holds them.
@@ -63,7 +64,7 @@ RECIPES = Path(str(files("repopt")))/"assets"/"recipes"
 _CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS,
                 precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), channels_last=(True, False, "auto"),
                 scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
-_COUNTS = "epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate".split()
+_COUNTS = "epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate test_every".split()
 _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
                weight_decay=(lambda v: v >= 0, "at least 0"), warmup_epochs=(lambda v: v >= 0, "at least 0"),
                label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -79,9 +80,24 @@ def load_recipe(name, /, **overrides) -> Recipe:
     path = Path(name) if str(name).endswith(".yaml") else RECIPES/f"{name}.yaml"
     if not str(name).endswith(".yaml") and str(name) not in shipped: raise ValueError(unknown("recipe", name, shipped))
     if not path.is_file(): raise ValueError(f"there is no recipe file {path}; shipped are {', '.join(shipped)}")
-    values, kinds = {"name": path.stem, **_read_yaml(path)}, _kinds()
+    values, kinds = {"name": path.stem, **_with_base(path)}, _kinds()
     return _recipe({**values, **{k: v for k, v in overrides.items() if v is not None
                                  or "None" in kinds.get(k, "None")}}, f"recipe {path.stem}")
+
+
+def _with_base(path, above=()) -> dict:
+    """What the file `path` says, over what the recipe says that it names as its `base`: a shipped one, or a file beside.
+
+    ValueError for a base that there is not, or a circle of them."""
+    values = _read_yaml(path)
+    if "base" not in values: return values
+    base, shipped = values.pop("base"), sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    beside = next((q for q in (path.with_name(f"{base}.yaml"), RECIPES/f"{base}.yaml") if q.is_file()), None)
+    if not isinstance(base, str) or beside is None:
+        raise ValueError(f"recipe {path.stem}: {unknown('base', base, shipped)}")
+    if (at := beside.resolve()) in (chain := (*above, path.resolve())):
+        raise ValueError(f"recipe {path.stem}: its base {base} stands on it: {' -> '.join(p.stem for p in (*chain, at))}")
+    return {**_with_base(beside, chain), **values}
 
 
 def _kinds(): return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Recipe)}
