@@ -166,6 +166,7 @@ COMMANDS = dict(                                                             # n
     scales=("cli.scales", "the authors' scales as a file of ours"),
     records=("records.main", "list the records of finished runs"),
     evidence=("evidence.main", "make the runs behind the ledger of claims"),
+    claims=("claims.main", "the ledger of the claims, from records"),
     report=("report.main", "all tables and figures, from records"))
 
 USAGE = "usage: python -m repopt COMMAND … (COMMAND --help says more)\n\n" + "\n".join(
