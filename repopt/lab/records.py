@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 import numpy as np
 import torch
-from ..published import unknown, nearest
+from ..published import nearest, unknown
 
 # %% ../../nbs/lab/a_records.ipynb #e00fa97c
 FORMAT = 1
@@ -44,7 +44,7 @@ def where(seconds: float = 0.) -> dict:
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               **({"cuda": torch.version.cuda} if cuda else {})),
                 commit=_git("rev-parse", "--short=10", "HEAD"),
-                dirty=bool(_git("status", "--porcelain", "--", "repopt")), seconds=round(seconds, 2))
+                dirty=bool(_git("status", "--porcelain", "--", ":/repopt")), seconds=round(seconds, 2))
 
 # %% ../../nbs/lab/a_records.ipynb #5c0a1e02
 class BrokenOff(RuntimeError): "Work that cannot go on, through no fault of what was asked; a command line ends with 1"
