@@ -1,4 +1,5 @@
 # make test        sets up and tests every notebook and tests/
+# make lint        ruff and mypy on the package, the tests and profiles/: nothing is run, nothing is written
 # make test-slow   plays the slow kinds of tests/hostile.py; kills runs twenty times each, in one process and in two, and leaves records
 # make reproduce   runs the argument of the paper on digits, five seeds (or SEEDS=2), and writes figures/
 # make bench       what a RepOptimizer's step costs over torch's own, on this machine
@@ -19,7 +20,7 @@ RUN    := $(BIN)/python
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test test-slow reproduce bench notebooks lab clean
+.PHONY: setup lint test test-slow reproduce bench notebooks lab clean
 
 setup: $(READY)
 
@@ -32,6 +33,10 @@ $(READY): requirements.lock settings.ini setup.py
 
 test: $(READY)
 	$(ONE_THREAD) $(RUN) tests/run.py --jobs $(JOBS)
+
+lint: $(READY)
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
 
 test-slow: $(READY)
 	$(ONE_THREAD) $(RUN) tests/hostile.py -k compiler
@@ -61,4 +66,4 @@ lab: $(READY)
 	$(RUN) -m jupyterlab nbs
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .snakemake nbs/.ipynb_checkpoints nbs/lab/.ipynb_checkpoints
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .snakemake nbs/.ipynb_checkpoints nbs/lab/.ipynb_checkpoints

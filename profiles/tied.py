@@ -1,6 +1,7 @@
 """python tied.py COMMAND …: COMMAND in this process's place, ended by Linux when the process that started it ends.
 
-`make`, Snakemake, papermill, a notebook's kernel and its workers stand in a row; whichever of them is killed, none behind it goes on.
+`make`, Snakemake, papermill, a notebook's kernel and its workers stand in a row; whichever of them is killed,
+none behind it goes on.
 """
 import ctypes
 import os

@@ -7,7 +7,7 @@ __all__ = ['named_branch', 'constants', 'rep_branches', 'GradMult']
 
 # %% ../nbs/01_grad_mult.ipynb #55891a79
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def named_branch(name: str) -> Branch:
                      f"depthwise_<height>x<width> and identity")
 
 
-def constants(scales: Mapping) -> dict:
+def constants(scales: Mapping[str, Tensor]) -> dict:
     """What multiplies each branch in the CSLA block: its scale.
 
     An identity's is 1, whatever value its search ended with."""
@@ -48,8 +48,9 @@ def rep_branches(op: nn.Module) -> dict:
 class GradMult:
     """Eq. 3, factored: `coef[branch]` is `[O]`, applied where the branch reaches.
 
-    `shape` is the kernel's; `degree` as in `Block.grad_mult`."""
-    def __init__(self, scales: Mapping, shape, degree: int = 1):
+    `scales` are `{branch: [O]}`, `shape` is the kernel's, `[O, C/g, …]`; `degree` as in `Block.grad_mult`. Raises
+    ValueError where they do not fit: `GradMult({"conv": s, "conv_1x1": t, "identity": u}, (8, 8, 3, 3))`."""
+    def __init__(self, scales: Mapping, shape: Sequence, degree: int = 1):
         if not isinstance(scales, Mapping) or not scales:
             raise ValueError(f"the scales of a kernel are {{branch: tensor}}, one branch at least, not {scales!r}")
         if wrong := [n for n, s in scales.items() if not isinstance(s, Tensor)]:
@@ -67,7 +68,9 @@ class GradMult:
             b.view(W)
 
     @property
-    def nbytes(self): return sum(c.nbytes for n, c in self.coef.items() if n != "identity")
+    def nbytes(self) -> int:
+        "Bytes of the constants; an identity's, which are 1, are not counted."
+        return sum(c.nbytes for n, c in self.coef.items() if n != "identity")
 
     def to(self, *args, **kwargs) -> "GradMult":
         "The same on another device or dtype"

@@ -8,6 +8,7 @@ __all__ = ['LAYOUTS', 'examine', 'Ignored', 'read', 'weights', 'layout', 'rename
 # %% ../nbs/01_published.ipynb #d1973a9c
 import difflib
 import mmap, pickle, re, zipfile
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # %% ../nbs/01_published.ipynb #d6f7f743
-def examine(path) -> Path:
+def examine(path: Path | str) -> Path:
     "`path`, if it is a file that can be read and no TorchScript archive. ValueError otherwise."
     path = Path(path)
     if path.is_dir(): raise ValueError(f"{path} is a folder: name the file in it")
@@ -45,12 +46,12 @@ def _names(path):
 # %% ../nbs/01_published.ipynb #1b351077
 class Ignored:
     "What stands for an object of a foreign class: it takes anything and does nothing"
-    def __init__(self, *a, **k): pass
+    def __init__(self, *a, **k) -> None: pass
     def __setstate__(self, state): pass
     def __setitem__(self, k, v): pass
     def __call__(self, *a, **k): return self
-    def append(self, x): pass
-    def extend(self, xs): pass
+    def append(self, x: object) -> None: pass
+    def extend(self, xs: object) -> None: pass
 
 
 _PLAIN = dict(collections=["OrderedDict"], builtins=["set", "frozenset", "complex", "bytearray"],
@@ -64,7 +65,7 @@ class _Tensors(pickle.Unpickler):
         return Ignored
 
 
-def read(path):
+def read(path: Path | str) -> object:
     "What the file `path` holds (.pth, .pt, .safetensors), nothing of it run. ValueError where it cannot be read."
     path = examine(path)
     if path.suffix == ".safetensors":
@@ -80,7 +81,7 @@ def _damaged(path, e):
     return f"{path} cannot be read: it is damaged, or no file of tensors ({why}). Copy or download it again"
 
 # %% ../nbs/01_published.ipynb #1a52675b
-def weights(path) -> dict:
+def weights(path: Path | str) -> dict[str, Tensor]:
     """{name: tensor} of a published checkpoint, without what stands around them.
 
     ValueError where there are none, or none that could be weights."""
@@ -147,16 +148,18 @@ LAYOUTS = {  # whose: (mark, rules)
                                               (r"\.cheap_operation\.(?=weight|bias)", ".conv."), *_GHOST)),
 }
 
-def layout(names) -> str:
-    "Whose names these are: one of LAYOUTS, '' for any other"
+def layout(names: Iterable[str]) -> str:
+    "Whose names these are: one of LAYOUTS, '' for any other."
     return next((whose for whose, (mark, _) in LAYOUTS.items() if any(re.search(mark, n) for n in names)), "")
 
 
-def renamed(tensors: dict) -> dict:
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the names that the nets here give them; those of no known layout stay.
 
     ValueError where two names become one."""
-    out, olds, (_, rules) = {}, {}, LAYOUTS.get(layout(tensors), ("", ()))
+    _, rules = LAYOUTS.get(layout(tensors), ("", ()))
+    out: dict[str, Tensor] = {}
+    olds: dict[str, str] = {}
     for old, v in tensors.items():
         name = old
         for pattern, ours in rules: name = re.sub(pattern, ours, name)
@@ -169,7 +172,7 @@ def renamed(tensors: dict) -> dict:
     return out
 
 # %% ../nbs/01_published.ipynb #a239fa6b
-def load_into(net: nn.Module, tensors: dict) -> nn.Module:
+def load_into(net: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """`net` with these weights, in place; fused where they are.
 
     ValueError, before anything changes, where they do not fit."""
@@ -207,7 +210,7 @@ def _norm_of_bias(name, bias):
             f"{name}.running_var": one}
 
 # %% ../nbs/01_published.ipynb #1a0b0001
-def unknown(what: str, name, names) -> str:
+def unknown(what: str, name: object, names: Iterable) -> str:
     "'unknown <what> <name>, did you mean …? There are …'"
     names = list(map(str, names))
     near = nearest(name, names)
@@ -215,7 +218,7 @@ def unknown(what: str, name, names) -> str:
     return f"unknown {what} {str(name)!r}{there} are {', '.join(names)}"
 
 
-def nearest(name, names) -> str:
+def nearest(name: object, names: Iterable) -> str:
     "The one of `names` that `name` was probably meant to be, whatever its capitals and hyphens; '' where there is none"
     plain = {str(n).lower().replace("-", "_"): str(n) for n in names}
     return next((plain[n] for n in difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1)), "")

@@ -8,12 +8,13 @@ __all__ = ['ASSETS', 'Scales', 'strip_prefix', 'unwrapped', 'own_names', 'natura
 
 # %% ../nbs/01a_scales.ipynb #0084b5dd
 import hashlib, json, os, re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from math import sqrt
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,10 +26,12 @@ from .published import examine, read
 
 # %% ../nbs/01a_scales.ipynb #a756729e
 class Scales(Mapping):
-    """`{parameter name: {branch name: Tensor[O]}}`, immutable; made from any such mapping.
+    """`{parameter name: {branch name: Tensor[O]}}`, immutable; made from any such mapping (Section 3.3).
 
-    ValueError names everything that is wrong with it."""
-    def __init__(self, mapping: Mapping, arch: str = "", recipe: str = "", seed=None, accuracy=None, commit: str = ""):
+    `arch`, `recipe`, `seed`, `accuracy` (percent) and `commit` say where the values come from. Raises ValueError, which
+    names everything that is wrong with the mapping."""
+    def __init__(self, mapping: Mapping, arch: str = "", recipe: str = "", seed: int | None = None,
+                 accuracy: float | None = None, commit: str = ""):
         self.arch, self.recipe, self.seed, self.accuracy, self.commit = arch, recipe, seed, accuracy, commit
         _nested(mapping)
         own = unwrapped(mapping)
@@ -58,10 +61,40 @@ class Scales(Mapping):
         "{'<parameter>/<branch>': vector}: the keys of the file format"
         return {f"{p}/{n}": s for p, bs in self._scales.items() for n, s in bs.items()}
 
-    def map(self, fn) -> "Scales":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Scales":
         "The same names with `fn(vector)` for every scale that enters the Grad Mult; identity values stay."
         return Scales({p: {n: s if n == "identity" else fn(s) for n, s in bs.items()} for p, bs in self.items()},
                       self.arch, self.recipe, self.seed)
+
+    # what follows is told and written below, each where its turn comes
+    @staticmethod
+    def initial(model: nn.Module, how: str = "sqrt2l", plain: str | Iterable[str] = (), arch: str = "") -> "Scales":
+        "The scales with which a search on `model` starts: the function `initial`."
+        return initial(model, how, plain, arch)
+
+    @staticmethod
+    def load(path: Path | str) -> "Scales":
+        "The scales in a file that `save` wrote. Raises ValueError for another kind of file or a damaged one."
+        return _load(path)
+
+    @staticmethod
+    def read(path: Path | str, arch: str = "") -> "Scales":
+        "The scales in a file, ours or the authors': the function `read_scales`."
+        return read_scales(path, arch)
+
+    @staticmethod
+    def from_released(path: Path | str, arch: str = "") -> "Scales":
+        "The authors' own scales: the function `from_released`."
+        return from_released(path, arch)
+
+    def save(self, path: Path | str) -> Path:
+        "Write the scales to `path` (safetensors), whole or not at all. Returns the path."
+        return _save(self, path)
+
+    def reinitialize_(self, model: nn.Module, generator: torch.Generator | None = None, identity: str = "one",
+                      init: str = "msra", plain: str | Iterable[str] = ()) -> nn.Module:
+        "Set the kernels of `model` to Eq. 4, in place: the function `reinitialize_`."
+        return reinitialize_(self, model, generator, identity, init, plain)
 
 # %% ../nbs/01a_scales.ipynb #c4bc1725
 @lru_cache(maxsize=None)
@@ -72,7 +105,7 @@ def strip_prefix(name: str) -> str:
     return re.sub(r"(^|\.)((module|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)+", r"\1", name)
 
 
-def unwrapped(names) -> dict:
+def unwrapped(names: Iterable[str]) -> dict:
     """{name: the same without wrappers' prefixes}. torch's private ones are taken off anywhere, `module.` where every
     name begins with it.
 
@@ -84,7 +117,7 @@ def unwrapped(names) -> dict:
     return own
 
 
-def own_names(names, scales) -> dict:
+def own_names(names: Collection[str], scales: Collection[str]) -> dict:
     """{parameter's name: its name in `scales`, or where it has none there, the name without wrappers' prefixes}.
 
     A name that stands in `scales` is its own; a whole net in a wrapper is told by names that all begin with its prefix;
@@ -94,7 +127,7 @@ def own_names(names, scales) -> dict:
     own = max((plain, bare), key=lambda o: sum(v in scales for v in o.values()))
     found = {n: o for n, o in own.items() if o in scales}
     _distinct(found)
-    left = {}
+    left: dict[str, list] = {}
     for key in scales:
         if key not in found.values(): left.setdefault(strip_prefix(key), []).append(key)
     alike = {n: left.get(strip_prefix(n), []) for n in names if n not in found}
@@ -157,7 +190,7 @@ def _raise(what, problems):
     if problems: raise ValueError(f"{what}:\n  " + "\n  ".join(problems))
 
 # %% ../nbs/01a_scales.ipynb #04762c4c
-def named_in(name: str, plain) -> bool:
+def named_in(name: str, plain: str | Iterable[str]) -> bool:
     """Is the parameter `name` one of `plain`: names, globs, or a mapping from either?
 
     A name means itself, whatever signs stand in it."""
@@ -165,7 +198,8 @@ def named_in(name: str, plain) -> bool:
     return any(g in names or any(fnmatch(n, g) for n in names) for g in ([plain] if isinstance(plain, str) else plain))
 
 
-def check_fit(scales: Mapping, named_tensors, plain=()) -> None:
+def check_fit(scales: Mapping, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+              plain: str | Iterable[str] = ()) -> None:
     """Raise ValueError unless `scales` and the parameters (name, tensor) fit.
 
     4-d parameters without scales must be named, or match a glob, in `plain`."""
@@ -182,7 +216,8 @@ def check_fit(scales: Mapping, named_tensors, plain=()) -> None:
             problems.append(f"{n} {tuple(p.shape)}: no scales for this kernel (name it in plain=[…] to train it as "
                             f"usual)")
     if missing: problems = _prefix(missing, set(own.values())) or problems
-    _raise(f"the scales{f' of {scales.arch}' if getattr(scales, 'arch', '') else ''} do not fit the model", problems)
+    arch = getattr(scales, "arch", "")
+    _raise(f"the scales{f' of {arch}' if arch else ''} do not fit the model", problems)
 
 
 def _prefix(missing, names):
@@ -200,10 +235,10 @@ def _prefix(missing, names):
     return []
 
 # %% ../nbs/01a_scales.ipynb #700cca34
-def initial(model: nn.Module, how: str = "sqrt2l", plain=(), arch: str = "") -> Scales:
-    """The scales with which a search on `model` starts: `'ones'` or `'sqrt2l'`.
+def initial(model: nn.Module, how: str = "sqrt2l", plain: str | Iterable[str] = (), arch: str = "") -> Scales:
+    """The scales with which a search on `model` starts: `'ones'`, or `'sqrt2l'` (App. B).
 
-    A stage is the first part of a parameter's name."""
+    A stage is the first part of a parameter's name. Raises ValueError where no Conv2d is, or for another `how`."""
     if how not in ("ones", "sqrt2l"): raise ValueError(f"how must be 'ones' or 'sqrt2l', not {how!r}")
     out, stage, l = {}, None, 0
     for name, m in is_module(model).named_modules():
@@ -216,15 +251,14 @@ def initial(model: nn.Module, how: str = "sqrt2l", plain=(), arch: str = "") -> 
     if not out: raise ValueError("the model has no Conv2d that could have scales")
     return Scales(out, arch=arch or getattr(model, "arch", ""), recipe=how)
 
-Scales.initial = staticmethod(initial)
-
 # %% ../nbs/01a_scales.ipynb #bbcb5f13
 @torch.no_grad()
-def reinitialize_(self, model: nn.Module, generator=None, identity: str = "one", init: str = "msra",
-                  plain=()) -> nn.Module:
-    """Set every kernel of `model` that has scales to Eq. 4. `generator` as in torch.nn.init.
+def reinitialize_(self: Scales, model: nn.Module, generator: torch.Generator | None = None, identity: str = "one",
+                  init: str = "msra", plain: str | Iterable[str] = ()) -> nn.Module:
+    """Set every kernel of `model` that has scales to Eq. 4, the Rule of Initialization. Returns `model`.
 
-    ValueError before anything changes."""
+    `generator` as in torch.nn.init; `identity`: its constant, 'one' as in Eq. 4 or 'searched' as in the authors' code;
+    `init` as in `init_`; `plain` as in `check_fit`. Raises ValueError before anything changes."""
     if identity not in ("one", "searched"): raise ValueError(f"identity must be 'one' or 'searched', not {identity!r}")
     named = dict(model.named_parameters())
     check_fit(self, named.items(), plain)
@@ -250,10 +284,8 @@ def _put(W, value) -> None:
     from torch.distributed.tensor import distribute_tensor
     W.copy_(distribute_tensor(value, W.device_mesh, W.placements))
 
-Scales.reinitialize_ = reinitialize_
-
 # %% ../nbs/01a_scales.ipynb #90ca40b7
-def _save(self, path) -> Path:
+def _save(self: Scales, path: Path | str) -> Path:
     "Write the scales to `path` (safetensors), whole or not at all."
     path = Path(path)
     head = dict(format="1", order=json.dumps(list(self)), arch=self.arch, recipe=self.recipe,
@@ -267,10 +299,8 @@ def _save(self, path) -> Path:
         raise
     return path
 
-Scales.save = _save
-
 # %% ../nbs/01a_scales.ipynb #63ffdbfc
-def _load(path) -> Scales:
+def _load(path: Path | str) -> Scales:
     """Read what `save` wrote.
 
     ValueError for another kind of file, a newer format or a file whose values are not the ones that were saved."""
@@ -283,7 +313,7 @@ def _load(path) -> Scales:
     if head.get("format") != "1" or not all("/" in k for k in flat):
         raise ValueError(f"{path} is not a scales file of format 1 (its header: {head}): scales are written by "
                          f"Scales.save, or from the authors' .pth by python -m repopt scales convert IN OUT")
-    nested = {}
+    nested: dict[str, dict] = {}
     for k, s in flat.items(): nested.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2]] = s
     try:
         out = Scales({p: nested[p] for p in json.loads(head["order"])}, head["arch"], head["recipe"],
@@ -297,20 +327,19 @@ def _load(path) -> Scales:
                          f"{str(head.get('sha256'))[:10]}…. Copy it again, or search anew")
     return out
 
-Scales.load = staticmethod(_load)
-
 # %% ../nbs/01a_scales.ipynb #e60db1bc
 _RELEASED = {"scale_conv": "conv", "scale_1x1": "conv_1x1", "scale_identity": "identity", "cheap_operation.1": "conv",
              "fusion_scale": "identity"}
 
-def from_released(path, arch: str = "") -> Scales:
+def from_released(path: Path | str, arch: str = "") -> Scales:
     """The authors' RepOpt-VGG or RepOpt-GhostNet scales: their `*scales.pth`, or a checkpoint of their Hyper-Search.
 
     ValueError for anything else."""
-    d = read(path)
+    d: Any = read(path)
     for key in ("model", "state_dict"): d = d.get(key, d) if isinstance(d, dict) else {}
     if isinstance(d, dict): d = {own: d[k] for k, own in unwrapped([k for k in d if isinstance(k, str)]).items()}
-    out, others = {}, []
+    out: dict[str, dict] = {}
+    others = []
     for k, s in (d or {}).items():
         block, branch = r"stage\d+(?:\.\d+)?|blocks\.\d+\.\d+\.ghost[12]", "|".join(map(re.escape, _RELEASED))
         m = re.fullmatch(rf"({block})\.({branch})\.weight", k)
@@ -330,17 +359,13 @@ def _no_search(out, others):
     fits = out and kernels == {*out} and all("conv" in bs for bs in out.values())
     return [] if fits else others if len(others) < 9 else [*others[:8], f"and {len(others) - 8} more"]
 
-Scales.from_released = staticmethod(from_released)
-
 # %% ../nbs/01a_scales.ipynb #dae8767a
-def read_scales(path, arch: str = "") -> Scales:
+def read_scales(path: Path | str, arch: str = "") -> Scales:
     "The scales in a file: ours, or the authors' (`from_released`). ValueError where it is neither."
     path = examine(path)
     with open(path, "rb") as f: begin = f.read(9)
     return from_released(path, arch) if begin[:2] in (b"PK", b"\x80\x02") or path.suffix in (
         ".pth", ".pt") else Scales.load(path)
-
-Scales.read = staticmethod(read_scales)
 
 # %% ../nbs/01a_scales.ipynb #2dc44901
 ASSETS = Path(str(files("repopt")))/"assets"/"scales"
@@ -357,9 +382,9 @@ def load_scales(name: str) -> Scales:
 
 # %% ../nbs/01a_scales.ipynb #51db58f2
 def extract_scales(hs_model: nn.Module, **header) -> Scales:
-    """The scales that a Hyper-Search model has now, named for the target's parameters.
+    """The scales that a Hyper-Search model has now, named for the target's parameters (Section 3.3).
 
-    `header`: arch, recipe, seed, accuracy, commit."""
+    `header`: arch, recipe, seed, accuracy, commit, as in `Scales`. Raises ValueError where the model has no blocks."""
     blocks = {f"{n}.weight": m for n, m in hs_model.named_modules() if isinstance(m, CSLA)}
     if not blocks:
         raise ValueError("this model has no Hyper-Search blocks; build it with create_model(name, mode='hs')")

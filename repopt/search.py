@@ -8,6 +8,7 @@ __all__ = ['eligible', 'to_hyper_search']
 # %% ../nbs/02b_search.ipynb #0b5ea0c2
 import warnings
 from copy import deepcopy
+from collections.abc import Collection
 from fnmatch import fnmatch
 from torch import nn
 from .csla import is_module
@@ -15,11 +16,12 @@ from .models import to_branches
 from .scales import Scales
 
 # %% ../nbs/02b_search.ipynb #9925ce4d
-def eligible(model: nn.Module, plain=()) -> tuple:
+def eligible(model: nn.Module, plain: Collection[str] = ()) -> tuple[dict, dict]:
     """({name: conv that can have a Hyper-Search block}, {name: why not} for every other conv).
 
     Raises ValueError for kernels that are shared, lazy, quantized or sharded, and where no conv is left."""
-    convs, left, owner = {}, {}, {}
+    convs, left = {}, {}
+    owner: dict[int, str] = {}
     for name, m in is_module(model).named_modules(remove_duplicate=False):
         if type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise ValueError(f"{name} is quantized ({type(m).__name__}): search on the floating point model")
@@ -58,7 +60,7 @@ def _why_not(m, parameter, plain):
         return f"a {'×'.join(map(str, m.kernel_size))} kernel has no centre for a 1×1 branch"
 
 # %% ../nbs/02b_search.ipynb #8a7a0b75
-def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain=(), init: str = "msra",
+def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain: Collection[str] = (), init: str = "msra",
                     folded: bool = True) -> nn.Module:
     """A copy of `model` with a Hyper-Search block in the place of every eligible conv; a warning lists the convs that
     keep theirs, with the reason.

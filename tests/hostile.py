@@ -29,14 +29,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import yaml
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -45,7 +43,7 @@ import repopt
 from repopt.lab import checkpoint, records
 from repopt.grad_mult import GradMult, named_branch, rep_branches
 from repopt.models import create_model, initial_scales, merge
-from repopt.optim import RULES, attach, check_equivalence, clip_grad_norm_, param_groups, rep_optimizer
+from repopt.optim import RULES, attach, check_equivalence, clip_grad_norm_, rep_optimizer
 from repopt.scales import Scales, extract_scales, load_scales
 from repopt.lab.cli import parameters
 
@@ -215,8 +213,9 @@ def shell(c, log, folder, env, seconds):
     "The same for a shell's line"
     with open(log.with_suffix(".out"), "wb") as out, open(log.with_suffix(".err"), "wb") as err:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"                   # where `python` is this one
-        p = subprocess.Popen(["bash", "-o", "pipefail", "-c", c.do], cwd=folder, env={**os.environ, "PATH": path, **env},
-                             stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+        p = subprocess.Popen(["bash", "-o", "pipefail", "-c", c.do], cwd=folder,
+                             env={**os.environ, "PATH": path, **env}, stdout=out, stderr=err,
+                             stdin=subprocess.DEVNULL, start_new_session=True)
         try: return {"status": p.wait(seconds)}
         except subprocess.TimeoutExpired: return {"status": "hang"}
         finally:
@@ -783,7 +782,8 @@ def single_pictures():
                 Path(f"pics/{split}/{name}").mkdir(parents=True)
                 Image.fromarray(np.full((8, 8), value, np.uint16)).save(f"pics/{split}/{name}/a.png")
         train, _ = load_image_folder("pics", 8)
-        assert train.images[1].float().mean().item() == 30000//257 or abs(train.images[1].float().mean() - 30000/257) < 1.5, f"30000 of 65535 became {train.images[1].float().mean():.0f} of 255"
+        mean = train.images[1].float().mean().item()
+        assert mean == 30000//257 or abs(mean - 30000/257) < 1.5, f"30000 of 65535 became {mean:.0f} of 255"
     yield case("16 bits of grey", grey16, OK, may=("pics*",))
     def greg(watch):
         from repopt.lab.data import load_caltech256
@@ -1292,7 +1292,7 @@ UNABLE = {"TORCHINDUCTOR_CACHE_DIR=/proc/x": dict(TORCHINDUCTOR_CACHE_DIR="/proc
 def usable_cache(watch):
     "Where torch's compiler will write"
     records.compiler_cache()
-    import torch._inductor.codecache
+    import torch._inductor.codecache  # noqa: F401
     records.writable(os.environ["TORCHINDUCTOR_CACHE_DIR"], "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -1798,7 +1798,6 @@ def library():
                               ("RepVGG as hs", dict(name="repvgg_digits", mode="hs"), "repvgg_digits")):
         yield bad(f"create_model: {what}", lambda more=more: create_model(**{"name": "repoptvgg_digits", **more}),
             *said)
-    quantized = lambda: torch.ao.nn.quantized.Conv2d(3, 3, 3)
     def tied():
         a = C(3, 3, 3)
         return nn.Sequential(a, nn.ReLU(), a)
@@ -1873,7 +1872,8 @@ def weights_in_python():
 
 @kind("notebook")
 def notebook_parameters():
-    names = "recipe model data seeds epochs batch_size out resume arms optimizer scales search gpus nodes broken weights dry_run"
+    names = ("recipe model data seeds epochs batch_size out resume arms optimizer scales search gpus nodes broken "
+             "weights dry_run")
     own = dict(recipe="digits", model=None, data=None, seeds=1, epochs=None, batch_size=None, out=None, resume=True,
         search=None)
     for what, more, *said in (

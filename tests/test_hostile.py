@@ -1,8 +1,9 @@
-"""Input that no program wants: every kind of `tests/hostile.py` is a test, which lists the cases that were not handled.
+"""Input that no program wants: every kind of `tests/hostile.py` is a test, which lists the cases that were
+not handled.
 
-Each kind is played by a process of its own, as `python tests/hostile.py -k KIND` does: its cases are forks, and a process
-that has compiled or started threads, as one that ran other tests has, is no safe thing to fork. The kinds in SLOW take
-minutes: `make test-slow` plays them.
+Each kind is played by a process of its own, as `python tests/hostile.py -k KIND` does: its cases are forks, and a
+process that has compiled or started threads, as one that ran other tests has, is no safe thing to fork. The kinds in
+SLOW take minutes: `make test-slow` plays them.
 """
 import subprocess
 import sys

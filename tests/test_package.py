@@ -1,6 +1,6 @@
 """What no reader wants to read: that the package imports with what a bare GPU node has, and that a wheel carries its
 files."""
-import json, re, shutil, subprocess, sys, zipfile
+import json, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,9 @@ def python(code, **kw):
 
 
 def test_every_module_imports_with_torch_numpy_safetensors_and_yaml_alone():
-    block = f"import sys\nclass No:\n  def find_spec(self, name, *a):\n    if name.split('.')[0] in {LIGHT!r}: raise ImportError('blocked: ' + name)\nsys.meta_path.insert(0, No())\n"
+    block = ("import sys\nclass No:\n  def find_spec(self, name, *a):\n"
+             f"    if name.split('.')[0] in {LIGHT!r}: raise ImportError('blocked: ' + name)\n"
+             "sys.meta_path.insert(0, No())\n")
     r = python(block + f"import importlib\nfor m in {MODULES!r}: importlib.import_module('repopt.' + m)\nimport "
                        f"repopt\nfor n in repopt.__all__: getattr(repopt, n)")
     assert r.returncode == 0, r.stderr

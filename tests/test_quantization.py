@@ -12,7 +12,6 @@ from torch import nn
 from repopt import quantization
 from repopt.lab import int8, records
 from repopt.quantization import QuantizationError, chance, export_int8, quantize, quantize_aware
-from repopt.lab.int8 import find_run
 
 torch.manual_seed(0)
 IMAGES = torch.rand(64, 3, 32, 32)
@@ -174,7 +173,7 @@ def test_the_command_line_refuses_in_one_line(argv, why, tmp_path, monkeypatch, 
     for name, text in {"0123456789": json.dumps(search), "broken0000": "{"}.items():
         (tmp_path/"runs"/name).mkdir(parents=True)
         (tmp_path/"runs"/name/"record.json").write_text(text)
-    code, (out, err) = int8.main(argv.split()), capsys.readouterr()
+    code, (_, err) = int8.main(argv.split()), capsys.readouterr()
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and why in err, err
 
 

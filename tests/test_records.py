@@ -30,6 +30,19 @@ def folder(tmp_path):
     return tmp_path, records.write(made(), tmp_path, dict(scales=np.zeros(3)))
 
 
+def test_a_change_of_the_package_makes_a_record_dirty(tmp_path, monkeypatch):
+    module = tmp_path/"repopt/lab/records.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("committed = True\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"]): subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(records, "__file__", str(module))
+    (tmp_path/"beside").touch()
+    assert not records.where()["dirty"]
+    module.write_text("committed = False\n")
+    assert records.where()["dirty"]
+
+
 NAN, INF = float("nan"), float("inf")
 WRONG = {
     "another id": made(id="0123456789"), "id of another type": made(id=7), "metrics nan": made(metrics=dict(top1=NAN)),

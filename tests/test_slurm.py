@@ -92,7 +92,8 @@ def test_the_digits_graph_runs_to_the_end_though_a_job_is_preempted(env, tmp_pat
                               "train=1", "quantize=1", "--set-resources", "train:gres='gpu:2'"], cwd=home, env=env,
                               stdout=open(tmp_path/"log", "w"), stderr=subprocess.STDOUT)
     said = lambda: f"{say(env, 'squeue', '-t', 'all', '-o', '%i %T %j %k')}\n{(tmp_path/'log').read_text()}"
-    training = lambda: (home/"build/marks/digits/04_hyper_search.done").exists() and list(runs.glob("runs/*/step-*.sha256")) or graph.poll() is not None
+    searched = home/"build/marks/digits/04_hyper_search.done"
+    training = lambda: (searched.exists() and list(runs.glob("runs/*/step-*.sha256")) or graph.poll() is not None)
     wait(training, said, 600)
     say(env, "sbatch", "-p", "high", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     try: assert graph.wait(1200) == 0, said()

@@ -39,7 +39,8 @@ def card(monkeypatch):
 
 
 def test_rows_of_a_gpu(card, tmp_path, capsys):
-    argv = "--train digits --infer table3 --size 32 --batch 2,max --precision fp32 --compiled= --memory-cap .01 --rounds 2 --minutes 60"
+    argv = ("--train digits --infer table3 --size 32 --batch 2,max --precision fp32 --compiled= --memory-cap .01 "
+            "--rounds 2 --minutes 60")
     assert speed.main([*argv.split(), "--out", str(tmp_path)]) == 0
     found = [json.loads(p.read_text()) for p in (tmp_path/"runs").glob("*.json")]
     batches = {(r["asked"]["model"], r["asked"]["cap"]): r["metrics"] for r in found if r["experiment"] == "max_batch"}
@@ -52,7 +53,8 @@ def test_rows_of_a_gpu(card, tmp_path, capsys):
                      for b, c, n in (("2", None, 2), ("max", .01, 5), ("max", None, 5))}
     assert sum(r["experiment"] == "throughput" for r in found) == 1
     out = capsys.readouterr()
-    assert "measured" not in out.out and out.out.count("largest batch") == 4 and "something else holds 7.0 GB" in out.err
+    assert "measured" not in out.out and out.out.count("largest batch") == 4
+    assert "something else holds 7.0 GB" in out.err
 
 
 def test_what_does_not_fit_is_said(card, capsys):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -136,8 +135,8 @@ def test_keys_that_came_later_do_not_change_the_ids_of_older_runs():
             assert records.run_id({**r["asked"], "recipe": Recipe(**had).asked()}) == r["id"]
     assert "ema_decay" not in Recipe.load("digits").asked() and Recipe.load(
         "digits", ema_decay=.9).asked()["ema_decay"] == .9
-    assert recipes.label(Recipe.load("digits",
-                                     ema_decay=.9)) == "digits, ema_decay=0.9" and recipes.label(Recipe.load("digits")) == "digits"
+    assert recipes.label(Recipe.load("digits", ema_decay=.9)) == "digits, ema_decay=0.9"
+    assert recipes.label(Recipe.load("digits")) == "digits"
     assert asdict(Recipe.load("digits", accumulate=2)) | dict(accumulate=1) == asdict(Recipe.load("digits"))
 
 
@@ -201,7 +200,8 @@ class Switched:
 
 
 def left(build):
-    return load_file(next(build.glob("runs/*/final.safetensors"))), json.loads(next(build.glob("runs/*/record.json")).read_text())
+    record = next(build.glob("runs/*/record.json"))
+    return load_file(next(build.glob("runs/*/final.safetensors"))), json.loads(record.read_text())
 
 
 SHORT = "--set epochs=4 --set ema_decay=0.9 --set accumulate=2".split()
@@ -251,7 +251,8 @@ def test_a_disk_that_fills_at_the_end_loses_nothing(build, monkeypatch, capsys, 
     with monkeypatch.context() as m:
         m.setattr(training.records, "where", full)                           # the last thing that a record needs
         assert cli.train(["--recipe", "digits", "--set", "epochs=1"]) == 1
-        assert "could not be written" in (err := capsys.readouterr().err) and err.startswith("error: ") and err.count("\n") == 1, err
+        err = capsys.readouterr().err
+        assert "could not be written" in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out",
                       str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
     with monkeypatch.context() as m:

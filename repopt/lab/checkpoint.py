@@ -7,6 +7,7 @@ __all__ = ['CheckpointError', 'save', 'remove', 'steps', 'load', 'AnotherRun', '
 
 # %% ../../nbs/lab/c_checkpoint.ipynb #f0547094
 import hashlib, io, pickle, re, shutil, warnings
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from ..published import examine, weights
@@ -17,7 +18,7 @@ class CheckpointError(ValueError):
     "A checkpoint that cannot be used: foreign, of another format, or damaged with no other one left"
 
 
-def save(path, state: dict, keep: int = 2) -> Path:
+def save(path: Path | str, state: dict, keep: int = 2) -> Path:
     """Write `state` to `path` (`step-<n>.pt`) atomically, its sha256 beside it, and remove all but the newest `keep` of
     the folder."""
     path, buffer = Path(path), io.BytesIO()
@@ -31,20 +32,20 @@ def save(path, state: dict, keep: int = 2) -> Path:
     return path
 
 
-def remove(path) -> None:
+def remove(path: Path) -> None:
     "Remove a checkpoint, or what stands in its place, and the sha256 beside it"
     for p in (path, path.with_suffix(".sha256")):
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
         else: p.unlink(missing_ok=True)
 
 
-def steps(folder) -> list:
+def steps(folder: Path | str) -> list[tuple[int, Path]]:
     "[(step, path)] of the checkpoints in `folder`, newest first"
     return sorted(((int(m[1]), p) for p in Path(folder).glob("step-*.pt")
                    if (m := re.fullmatch(r"step-(\d+)\.pt", p.name))), reverse=True)
 
 # %% ../../nbs/lab/c_checkpoint.ipynb #ce1089a6
-def load(path, asked=None) -> dict:
+def load(path: Path | str, asked: dict | None = None) -> dict:
     """The state in `path`.
 
     CheckpointError where it is damaged, no checkpoint of ours, or made by a run of which something else was asked."""
@@ -73,7 +74,8 @@ def load(path, asked=None) -> dict:
 class AnotherRun(CheckpointError): "A whole checkpoint, of a run of which something else was asked"
 
 
-def load_latest(folder, asked=None, take=lambda state: None):
+def load_latest(folder: Path | str, asked: dict | None = None,
+                take: Callable[[dict], object] = lambda state: None) -> tuple[dict, Path] | None:
     """(state, path) of the newest usable checkpoint in `folder`; None where there are none.
 
     `take` is called with the state; one that it cannot take, by whatever error, is not usable. A warning names those
@@ -102,7 +104,7 @@ def _taken(take, state, path):
         raise CheckpointError(f"{path} does not fit this run: {str(e).splitlines()[0] or type(e).__name__}") from None
 
 # %% ../../nbs/lab/c_checkpoint.ipynb #0f83987a
-def foreign_weights(path) -> dict:
+def foreign_weights(path: Path | str) -> dict:
     """{name: tensor} of a published checkpoint (.pth, .pt, .safetensors), without wrappers (`model`, `state_dict`,
     `module.`). CheckpointError where there are none."""
     try: return weights(path)

@@ -8,9 +8,11 @@ __all__ = ['World', 'die_with_parent', 'joined', 'launched', 'enough_gpus', 'ave
 
 # %% ../../nbs/lab/d_distributed.ipynb #b80f0ad8
 import collections, contextlib, ctypes, os, re, signal, subprocess, sys, warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,17 +27,17 @@ class World:
     local: int = 0
 
     @property
-    def first(self): return self.rank == 0
+    def first(self) -> bool: return self.rank == 0
     @property
-    def shard(self): return self.rank, self.size
+    def shard(self) -> tuple[int, int]: return self.rank, self.size
 
-    def from_first(self, value):
+    def from_first(self, value: Any) -> Any:
         "What `value` is in the first process, in every process"
         box = [value]
         if self.size > 1: dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def each(self, value) -> list:
+    def each(self, value: object) -> list:
         "`value` of rank 0, of rank 1, …, in every process"
         box = [value]*self.size
         if self.size > 1: dist.all_gather_object(box, value)
@@ -57,10 +59,10 @@ def die_with_parent(signum: int = signal.SIGTERM) -> None:
 
 
 @contextlib.contextmanager
-def joined(timeout: float = 1800):
+def joined(timeout: float = 1800) -> Iterator[World]:
     """The World that torch.distributed.run put this process into, for as long as the block lasts.
 
-    ValueError for more processes than GPUs."""
+    `timeout`: seconds that a process waits for the others. Raises ValueError for more processes than GPUs."""
     world = World(launched("RANK", 0), launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0))
     if world.size == 1 or dist.is_initialized():
         yield world
@@ -97,7 +99,7 @@ def enough_gpus(processes: int) -> None:
         raise ValueError(f"gpus={processes}, but this node has {have}: each process needs its own")
 
 # %% ../../nbs/lab/d_distributed.ipynb #fe116304
-def averaged(model: nn.Module, world: World, batch) -> nn.Module:
+def averaged(model: nn.Module, world: World, batch: torch.Tensor) -> nn.Module:
     "`model` with its gradients averaged over `world`. `batch`: a few images of zeros, of the right size."
     if world.size == 1: return model
     before = [b.clone() for b in model.buffers()]
@@ -126,7 +128,7 @@ class Signals:
 
     The handlers before it come back afterwards. A second Ctrl-C is obeyed at once, but by the many processes of a run,
     who hear of one twice."""
-    def __init__(self, then=lambda signum: None, also=()):
+    def __init__(self, then: Callable[[int], object] = lambda signum: None, also: Iterable[int] = ()):
         self.signal, self.then, self.which = None, then, (signal.SIGTERM, signal.SIGUSR1, *also)
 
     def __enter__(self):
@@ -155,7 +157,7 @@ def requeue() -> bool:
     except (OSError, subprocess.TimeoutExpired): return False
 
 # %% ../../nbs/lab/d_distributed.ipynb #71618d78
-def command(arguments, gpus: int = 1, nodes: int = 1, endpoint: str | None = None, timeout: int = 600,
+def command(arguments: Iterable, gpus: int = 1, nodes: int = 1, endpoint: str | None = None, timeout: int = 600,
             module: str = "repopt train") -> list:
     """The command that runs `python -m module arguments` in `gpus` processes on each of `nodes` nodes.
 
@@ -187,12 +189,13 @@ def command(arguments, gpus: int = 1, nodes: int = 1, endpoint: str | None = Non
 class WorkerError(BrokenOff): "A process of a run failed; the message is what it said, or its traceback"
 
 
-def launch(arguments, gpus: int, nodes: int = 1, echo=partial(print, flush=True), **how) -> tuple:
+def launch(arguments: Iterable, gpus: int, nodes: int = 1, echo: Callable[[str], object] = partial(print, flush=True),
+           **how) -> tuple[int, list[str]]:
     """Run `command(…)` and pass its lines to `echo`. Returns (exit code 0 or 75, last lines).
 
     ValueError for bad input, WorkerError for a process that failed."""
     enough_gpus(gpus)
-    last = collections.deque(maxlen=400)
+    last: collections.deque[str] = collections.deque(maxlen=400)
     words = command(arguments, gpus, nodes, **how)
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
     env.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
@@ -200,7 +203,7 @@ def launch(arguments, gpus: int, nodes: int = 1, echo=partial(print, flush=True)
                          preexec_fn=die_with_parent, env=env)
     with Signals(lambda _: p.send_signal(signal.SIGTERM)) as stop:
         try:
-            for line in p.stdout:
+            for line in p.stdout or ():
                 last.append(line.rstrip("\n"))
                 echo(last[-1])
             code = p.wait()
@@ -216,9 +219,10 @@ def launch(arguments, gpus: int, nodes: int = 1, echo=partial(print, flush=True)
     raise (ValueError if code == 2 else WorkerError)(why)
 
 
-def first_failure(lines, code: int) -> tuple:
+def first_failure(lines: Iterable[str], code: int) -> tuple[int, str]:
     """(exit code, traceback or last words) of the process that failed first, from what torch.distributed.run prints at
     the end."""
+    lines = list(lines)
     text = "\n".join(lines)
     cause = text.rpartition("Root Cause (first observed failure):")[2]
     if m := re.search(r"exitcode\s*: (-?\d+)", cause): code = int(m[1])
@@ -226,4 +230,4 @@ def first_failure(lines, code: int) -> tuple:
     if code in (1, 2) and said: return code, said[-1]
     trace = re.search(r"traceback : (Traceback.*?)(?:\n\s*=+\s*$|\Z)", cause, re.S)
     died = f"a worker was ended by {signal.Signals(-code).name}" if code < 0 else ""
-    return code, trace[1].replace("\n  ", "\n") if trace else "\n".join(filter(None, [*list(lines)[-5:], died]))
+    return code, trace[1].replace("\n  ", "\n") if trace else "\n".join(filter(None, [*lines[-5:], died]))

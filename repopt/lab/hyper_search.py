@@ -10,6 +10,7 @@ __all__ = ['ResidualBlock', 'resnet_b1', 'identity_ratios', 'photographs', 'figu
 import itertools, time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,13 @@ from .cli import cli
 # %% ../../nbs/04_hyper_search.ipynb #f8f90651
 class ResidualBlock(nn.Module):
     "relu(x + conv-BN-relu-conv-BN(x)), a 1×1 conv with BN in place of x where the shape changes: the ResNet of Fig. 4"
-    def __init__(self, c, o, stride=1):
+    def __init__(self, c: int, o: int, stride: int = 1):
         super().__init__()
         conv = lambda c, o, k, s: [nn.Conv2d(c, o, k, s, k//2, bias=False), nn.BatchNorm2d(o)]
         self.residual = nn.Sequential(*conv(c, o, 3, stride), nn.ReLU(), *conv(o, o, 3, 1))
         self.shortcut = nn.Identity() if (c, stride) == (o, 1) else nn.Sequential(*conv(c, o, 1, stride))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         path = self.shortcut(x)
         total = path + self.residual(x)
         self.ratio = (path.var()/total.var()).item()
@@ -49,7 +50,7 @@ def resnet_b1() -> nn.Sequential:
 
 # %% ../../nbs/04_hyper_search.ipynb #404962a4
 @torch.no_grad()
-def identity_ratios(x, init: str = "torch") -> dict:
+def identity_ratios(x: torch.Tensor, init: str = "torch") -> dict:
     """{model: variance of the identity path over that of the sum, block by block}, at initialisation on images `x`:
     Fig. 4. `init` as in `create_model`."""
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +94,7 @@ def figure4(x=None):
     return fig
 
 # %% ../../nbs/04_hyper_search.ipynb #3d6eefbd
-def search(recipe, seed: int = 0, **kwargs) -> Run:
+def search(recipe: Recipe | str, seed: int = 0, **kwargs) -> Run:
     "Train the Hyper-Search model of `recipe`; `.scales` of the run are what it found. `kwargs` as in `runs.run`."
     return run(recipe, mode="hs", seed=seed, **kwargs)
 
@@ -132,13 +133,14 @@ def last_of_stage3(model: str) -> int:
     with torch.device("meta"): return sum(create_model(model).stages[:4]) - 1
 
 # %% ../../nbs/04_hyper_search.ipynb #1b2c3d4e
-def block_means(scales) -> np.ndarray:
+def block_means(scales: Mapping) -> np.ndarray:
     "`[blocks, 3]`: the mean of s, t and the identity of each kernel of `scales`, nan where it has no such branch"
     return np.array([[float(bs[b].mean()) if b in bs else np.nan for b in ("conv", "conv_1x1", "identity")]
                      for bs in scales.values()])
 
 # %% ../../nbs/04_hyper_search.ipynb #b7e2d9a4
-def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
+def search_speed(recipe: Recipe | str, rounds: int = 15, data: Path | str | None = None,
+                 out: Path | str | None = None) -> dict:
     """`train_speed` record of a Hyper-Search step: 'ms', 'speedup' over three eager branches in fp32 with quartiles of
     `rounds` interleaved ratios, and 'loss' of both after the last."""
     recipe, device = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), torch.device(accelerator())
@@ -174,7 +176,7 @@ def search_speed(recipe, rounds: int = 15, data=None, out=None) -> dict:
 
 # %% ../../nbs/04_hyper_search.ipynb #c8fd74ca
 @command_line
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     "Search the scales of one model. Returns the exit code: 0 done, 1 broken off, 2 bad input, 75 stopped by a signal."
     a, recipe, _ = cli(argv, "search", "hs", "Find the scales of a RepOptimizer (Hyper-Search).")
     if a.compare is not None:

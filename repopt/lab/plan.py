@@ -7,8 +7,11 @@ __all__ = ['gpus_for', 'footprint', 'seconds_an_image', 'loading_rate', 'plan', 
 
 # %% ../../nbs/lab/h_plan.ipynb #6ee47a19
 import shlex, sys, time
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
+from typing import Any
 import torch
 from .data import load_data
 from .distributed import command
@@ -21,7 +24,7 @@ from .cli import cli
 from .recipes import Recipe, resolve
 
 # %% ../../nbs/lab/h_plan.ipynb #2892c7f0
-def gpus_for(gpus, recipe: Recipe, nodes: int = 1) -> int:
+def gpus_for(gpus: int | str, recipe: Recipe, nodes: int = 1) -> int:
     """`gpus`, or for 'auto' the number of this node's GPUs that can share `recipe`'s batch without changing what batch
     norm sees. ValueError for anything else."""
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
@@ -34,15 +37,17 @@ def gpus_for(gpus, recipe: Recipe, nodes: int = 1) -> int:
     return gpus
 
 # %% ../../nbs/lab/h_plan.ipynb #041ce9f8
-def footprint(recipe: Recipe, model=None, mode="target", optimizer="sgd", images: int = 32, in_chans: int = 3) -> dict:
+def footprint(recipe: Recipe, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
+              images: int = 32, in_chans: int = 3) -> dict:
     """{'parameters': number, and the bytes of `step_bytes`} of a process that trains on `images` images at a time.
 
     Without the constants of a RepOptimizer, which weigh next to nothing."""
     with torch.device("meta"): net = build_model(model or recipe.model, mode, recipe, in_chans)
     scales = net.initial_scales() if optimizer.startswith("rep") and hasattr(net, "initial_scales") else None
-    what = imagined(net, lambda net: _valueless(make_optimizer(optimizer, net, recipe, scales)))
+    what: Any = imagined(net, lambda net: _valueless(make_optimizer(optimizer, net, recipe, scales)))
     shape = images, in_chans, recipe.image_size, recipe.image_size
-    return dict(parameters=sum(p.numel() for p in what[2].parameters()), **step_bytes(*what, shape, recipe.precision))
+    size = step_bytes(*what, shape, recipe.precision)  # type: ignore[call-arg]
+    return dict(parameters=sum(p.numel() for p in what[2].parameters()), **size)
 
 
 def _valueless(opt):
@@ -58,8 +63,8 @@ def _valueless(opt):
     return opt.inner
 
 # %% ../../nbs/lab/h_plan.ipynb #c584816a
-def seconds_an_image(recipe: Recipe, model=None, mode="target", optimizer="sgd", scales=None, in_chans: int = 3,
-                     steps: int = 3) -> float:
+def seconds_an_image(recipe: Recipe, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
+                     scales: Mapping | str | None = None, in_chans: int = 3, steps: int = 3) -> float:
     "Median seconds of a training step over its images, on this machine's device, after one step to warm up"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe, images = replace(resolve(recipe, device), compile=False), min(
@@ -76,26 +81,27 @@ def seconds_an_image(recipe: Recipe, model=None, mode="target", optimizer="sgd",
     return sorted(times[1:])[steps//2]
 
 # %% ../../nbs/lab/h_plan.ipynb #9c60a8a7
-def loading_rate(loader, seconds: float = 3.) -> float:
+def loading_rate(loader: Any, seconds: float = 3.) -> float:
     "Images a second that `loader` gives by itself, after its first batch"
     images, began = 0, None
-    for x, y in loader.epoch(0):
+    for _, y in loader.epoch(0):
         if began is None:
             began = time.perf_counter()
             continue
         images += len(y)
         if time.perf_counter() - began > seconds: break
-    return images/(time.perf_counter() - began) if images else float("nan")
+    return images/(time.perf_counter() - began) if began and images else float("nan")
 
 # %% ../../nbs/lab/h_plan.ipynb #7e9e0e29
-def plan(recipe, model=None, mode="target", optimizer="sgd", scales=None, seed=0, data=None, gpus=1, nodes=1, out=None,
-         time_it=True) -> list:
+def plan(recipe: Recipe | str, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
+         scales: Mapping | str | None = None, seed: int = 0, data: Path | str | None = None, gpus: int | str = 1,
+         nodes: int = 1, out: Path | str | None = None, time_it: bool = True) -> list[str]:
     "The lines of a dry run. ValueError where the data, the batch or the number of GPUs do not fit."
     recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), "cuda" if torch.cuda.is_available()
                      else "cpu")
     gpus = gpus_for(gpus, recipe, nodes)
     if out: writable(out, "out")
-    d = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed,
+    d: Any = load_data(recipe.data, recipe.batch_size, recipe.augment, recipe.image_size, recipe.test_size, data, seed,
                   classes=recipe.num_classes, shard=(0, gpus*nodes))
     images = len(d.train)*recipe.batch_size
     lines = [f"data: {d.name}, {d.classes} classes, {images} training images an epoch in {len(d.train)} steps, sha256 "
@@ -113,9 +119,9 @@ def plan(recipe, model=None, mode="target", optimizer="sgd", scales=None, seed=0
                      f"communication; the net alone trains {1/second:.3g} images a second, the loader alone brings "
                      f"{loading_rate(d.train):.3g}")
     words = arguments(recipe, model or recipe.model, mode, optimizer, scales, seed, data, out)
-    meet = {} if nodes == 1 else dict(endpoint="$HEAD:29500")
+    meet = None if nodes == 1 else "$HEAD:29500"
     own = shlex.join(["python", "-m", "repopt", "train", *map(str, words), "--gpus", str(gpus), "--nodes", str(nodes)])
-    line = shlex.join(command(words, gpus, nodes, **meet)).replace(sys.executable, "python")
+    line = shlex.join(command(words, gpus, nodes, meet)).replace(sys.executable, "python")
     lines += ["on this node:" if nodes == 1 else "on every node, $HEAD being one of them:",
               "  " + line.replace("'$HEAD:29500'", "$HEAD:29500"), "under Slurm:",
               f"  sbatch --nodes={nodes} --gpus-per-node={gpus} --requeue --signal=B:USR1@120 --wrap "
@@ -124,7 +130,7 @@ def plan(recipe, model=None, mode="target", optimizer="sgd", scales=None, seed=0
 
 # %% ../../nbs/lab/h_plan.ipynb #1a7d0001
 @command_line
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     "Print what a training run will need. Returns the exit code."
     a, recipe, scales = cli(argv, "plan", "target", "What `train` with the same words will need: memory, time, the "
                                                     "commands, the data. Trains nothing.")

@@ -9,11 +9,13 @@ __all__ = ['FORMAT', 'EXPERIMENTS', 'run_id', 'where', 'BrokenOff', 'one_line', 
 
 # %% ../../nbs/lab/a_records.ipynb #0d7ec299
 import argparse, contextlib, hashlib, io, json, math, os, platform, subprocess, sys, tempfile, warnings, zipfile
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
+from typing import Any, NoReturn
 import numpy as np
 import torch
-from ..published import unknown, nearest
+from ..published import nearest, unknown
 
 # %% ../../nbs/lab/a_records.ipynb #e00fa97c
 FORMAT = 1
@@ -44,7 +46,7 @@ def where(seconds: float = 0.) -> dict:
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               **({"cuda": torch.version.cuda} if cuda else {})),
                 commit=_git("rev-parse", "--short=10", "HEAD"),
-                dirty=bool(_git("status", "--porcelain", "--", "repopt")), seconds=round(seconds, 2))
+                dirty=bool(_git("status", "--porcelain", "--", ":/repopt")), seconds=round(seconds, 2))
 
 # %% ../../nbs/lab/a_records.ipynb #5c0a1e02
 class BrokenOff(RuntimeError): "Work that cannot go on, through no fault of what was asked; a command line ends with 1"
@@ -82,7 +84,7 @@ class _Outlives:
                 os.close(nowhere)
 
 
-def command_line(main):
+def command_line(main: Callable[[list | None], int]) -> Callable[..., int]:
     """A `main(argv) -> exit code` that ends in one of two ways: the work done, or a line on stderr and a code.
 
     ValueError, OSError and packages that are not there give 2, `BrokenOff` and memory that does not suffice 1, Ctrl-C
@@ -110,9 +112,10 @@ def command_line(main):
 class Parser(argparse.ArgumentParser):
     "argparse's, whose own errors are ValueErrors too, whose options have one name each, and whose words are not empty"
     def __init__(self, **kwargs): super().__init__(allow_abbrev=False, **kwargs)
-    def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
+    def error(self, message: str) -> NoReturn: raise ValueError(f"{message} (see {self.prog} --help)")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable | None = None,  # type: ignore[override]
+                   namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else [*map(str, args)]
         for before, word in zip([self.prog, *words], words):
             if not word: self.error(f"an empty word was given after {before}")
@@ -129,7 +132,7 @@ def compiler_cache() -> None:
         warnings.warn(f"{e}; going on with a temporary one", stacklevel=3)
 
 
-def writable(folder, named: str) -> Path:
+def writable(folder: Path | str, named: str) -> Path:
     """`folder`, if files can be written below it; nothing is left there.
 
     ValueError with `named`, who asked for it, otherwise."""
@@ -149,15 +152,16 @@ def writable(folder, named: str) -> Path:
 EXPERIMENTS = ("search train step_cost train_speed max_batch throughput ptq qat spread int8 ablation transfer detect "
                "segment interrupt").split()
 
-def make_record(experiment: str, asked: dict, metrics: dict, epochs=(), seconds: float = 0.,
+def make_record(experiment: str, asked: dict, metrics: dict, epochs: Iterable[dict] = (), seconds: float = 0.,
                 status: str = "done") -> dict:
-    "A record as it is written. ValueError for an unknown experiment."
+    """A record as it is written: `asked` what the run was told, `metrics` what it found (accuracies in percent), a row
+    for each of `epochs`, `seconds` that it took. Raises ValueError for an unknown experiment."""
     if experiment not in EXPERIMENTS: raise ValueError(unknown("experiment", experiment, EXPERIMENTS))
     return dict(format=FORMAT, id=run_id(asked), experiment=experiment, status=status, asked=asked, metrics=metrics,
                 epochs=list(epochs), where=where(seconds))
 
 
-def write_atomic(path, data: bytes) -> Path:
+def write_atomic(path: Path | str, data: bytes) -> Path:
     "Write `data` to `path` whole or not at all: same folder, fsync, rename"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,11 +183,11 @@ def file_name(record: dict) -> str:
     return f"{record['experiment']}-{recipe}-{record['id']}.json"
 
 
-def write(record: dict, out, arrays=None) -> Path:
+def write(record: dict, out: Path | str, arrays: Mapping[str, np.ndarray] | None = None) -> Path:
     "`<out>/runs/<file_name>`; `arrays` beside it as .npz. Returns the path. ValueError as in `check`."
     path = Path(out)/"runs"/file_name(check(record))
     if arrays:
-        np.savez_compressed(buffer := io.BytesIO(), **arrays)
+        np.savez_compressed(buffer := io.BytesIO(), **dict[str, Any](arrays))
         write_atomic(path.with_suffix(".npz"), buffer.getvalue())
     return write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
@@ -192,7 +196,7 @@ _FIELDS = dict(format=int, id=str, experiment=str, status=str, asked=dict, metri
 _ASKED = dict(recipe=(dict, str), model=str, mode=str, optimizer=str, seed=int, data=dict)
 _TEXTS = ("scales", "layout")                                                # metrics that are no numbers
 
-def check(record) -> dict:
+def check(record: object) -> dict:
     "`record`, if it is as `make_record` makes them; ValueError says which field is not."
     if not isinstance(record, dict) or record.get("format") is not FORMAT or not _FIELDS.keys() <= record.keys():
         missing = sorted(_FIELDS.keys() - record.keys()) if isinstance(record, dict) else []
@@ -236,14 +240,14 @@ def _numbers(value, place):
         raise ValueError(f"{place}={value} is no percentage")
 
 # %% ../../nbs/lab/a_records.ipynb #79140a7d
-def lookup(record: dict, key: str):
+def lookup(record: dict, key: str) -> object:
     "`record['asked'][a][b]` for `key='a__b'`; None where it is not there"
     value = record["asked"]
     for k in key.split("__"): value = value.get(k) if isinstance(value, dict) else None
     return value
 
 
-def load(path) -> dict:
+def load(path: Path | str) -> dict:
     "The record in the file `path`, whose name is its own, and `path` besides. ValueError names the file that is none."
     record, path = read(path), Path(path)
     if path.name != (own := file_name(record)):
@@ -251,7 +255,7 @@ def load(path) -> dict:
     return {**record, "path": str(path)}
 
 
-def read(path) -> dict:
+def read(path: Path | str) -> dict:
     "The record in the file `path`, whatever that is called. ValueError as of `load`."
     path = Path(path)
     try: return check(json.loads(path.read_text(), object_pairs_hook=_once, parse_constant=_finite))
@@ -271,7 +275,7 @@ def _once(pairs):
 def _finite(text): raise ValueError(f"{text} is no finite number")
 
 
-def load_all(out="figures") -> list:
+def load_all(out: Path | str = "figures") -> list[dict]:
     "All records below `<out>/runs`, in the order of their names. ValueError as in `load`."
     return [load(p) for p in sorted((Path(out)/"runs").glob("*.json")) if not p.name.startswith(".")]
 
@@ -287,14 +291,16 @@ def arrays(record: dict) -> dict:
         raise ValueError(f"{path} is damaged ({e}): make the run again") from None
 
 
-def find(experiment: str, out="figures", **asked) -> list:
-    "Finished records of `experiment` whose `asked` has these values (a callable value is asked)"
+def find(experiment: str, out: Path | str = "figures", **asked) -> list[dict]:
+    """Finished records of `experiment` whose `asked` has these values; a callable value is asked.
+
+    `find("train", model="repvgg_b1", recipe__epochs=120)`: keys as in `lookup`. Raises ValueError as `load`."""
     fits = lambda have, want: want(have) if callable(want) else have == want
     return [r for r in load_all(out) if r["experiment"] == experiment and r["status"] == "done"
             and all(fits(lookup(r, k), v) for k, v in asked.items())]
 
 # %% ../../nbs/lab/a_records.ipynb #d52595a4
-def mean_std(values) -> tuple:
+def mean_std(values: Iterable) -> tuple:
     "(mean, sample standard deviation or None, n) of what is not None. ValueError for anything but finite numbers."
     found = [x for x in values if x is not None]
     number = lambda x: isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and np.isfinite(x)
@@ -382,7 +388,7 @@ def paper_table(number: int) -> dict:
     return {row: {c: float(v) if v else None for c, v in zip(head[1:], values)} for row, *values in lines}
 
 # %% ../../nbs/lab/a_records.ipynb #9b1e0a02
-def project(*parts) -> Path:
+def project(*parts: Path | str) -> Path:
     """The project's folder, or `parts` below it.
 
     It is the one above the working folder, else the one that the package is installed from. Raises ValueError where
@@ -398,7 +404,7 @@ def project(*parts) -> Path:
 
 # %% ../../nbs/lab/a_records.ipynb #c5c87ddf
 @command_line
-def main(argv=None) -> int:
+def main(argv: list | None = None) -> int:
     "List the records below --out. Returns the exit code."
     p = Parser(prog="python -m repopt records", description="List the records of finished runs.")
     p.add_argument("--out", default="figures", help="folder with runs/ (default: figures)")
