@@ -41,7 +41,7 @@ def hold():
 
 
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
-FLOORS = ("published csla grad_mult scales models optim repghost search __main__ "
+FLOORS = ("published csla grad_mult scales rules engine contract explicit optim doctor models repghost search __main__ "
           "lab/records lab/data lab/checkpoint lab/distributed lab/recipes lab/training lab/runs lab/speed lab/plan lab/cli").split()
 
 

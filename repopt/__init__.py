@@ -9,9 +9,11 @@ _HOME = {name: module for module, names in {
     "csla": "Block Branch CSLA Conv Depthwise Identity",
     "grad_mult": "GradMult rep_branches",
     "scales": "Scales extract_scales load_scales",
-    "optim": "RepASGD RepAdadelta RepAdagrad RepAdam RepAdamW RepAdamax RepLion RepNAdam RepOptimizer RepRAdam "
-             "RepRMSprop RepRprop RepSGD "
-             "attach check_equivalence clip_grad_norm_ param_groups rep_optimizer",
+    "rules": "register_rule",
+    "contract": "RepOptimizer param_groups",
+    "optim": "RepASGD RepAdadelta RepAdagrad RepAdam RepAdamW RepAdamax RepLion RepNAdam RepRAdam RepRMSprop RepRprop "
+             "RepSGD attach clip_grad_norm_ rep_optimizer",
+    "doctor": "check_equivalence",
     "models": "merge to_branches",
     "repghost": "create_model initial_scales",  # those of models, with every family of nets
     "lab.recipes": "Recipe",

@@ -43,7 +43,10 @@ import repopt
 from repopt.lab import checkpoint, records
 from repopt.grad_mult import GradMult, named_branch, rep_branches
 from repopt.models import create_model, initial_scales, merge
-from repopt.optim import RULES, attach, check_equivalence, clip_grad_norm_, rep_optimizer
+from repopt.contract import param_groups
+from repopt.doctor import check_equivalence
+from repopt.optim import attach, clip_grad_norm_, rep_optimizer
+from repopt.rules import RULES
 from repopt.scales import Scales, extract_scales, load_scales
 from repopt.lab.cli import parameters
 
@@ -1383,7 +1386,7 @@ def environments():
 
 # Optimizers
 
-TEXTBOOK = {"SGD": dict(lr=.05, momentum=.9), "_Lion": dict(lr=1e-3)}
+TEXTBOOK = {"SGD": dict(lr=.05, momentum=.9), "Lion": dict(lr=1e-3)}
 COUPLED = ("Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta")
 
 

@@ -15,8 +15,10 @@ with pytest.MonkeyPatch.context() as m:  # that import forbids, to all tests, to
 from repopt.csla import CSLA, Block
 from repopt.grad_mult import constants, named_branch
 from repopt.search import to_hyper_search
-from repopt.optim import (RULES, RepAdamW, RepSGD, attach, check_equivalence, clip_grad_norm_, param_groups,
-                          rep_optimizer)
+from repopt.contract import param_groups
+from repopt.doctor import check_equivalence
+from repopt.optim import RepAdamW, RepSGD, attach, clip_grad_norm_, rep_optimizer
+from repopt.rules import RULES
 from repopt.scales import Scales, extract_scales
 
 SGD = dict(lr=.05, momentum=.9, nesterov=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from .data import load_data
 from .distributed import command
-from ..optim import Explicit
+from ..explicit import Explicit
 from .speed import imagined, step_bytes
 from .records import command_line, writable
 from .runs import arguments

@@ -536,8 +536,7 @@ def _optimizers(name, device, layouts):
 # %% ../../nbs/05a_speed.ipynb #68492b5a
 def extra_bytes(opt) -> int:
     "What a RepOptimizer holds beyond torch's state for the same parameters: its constants and masks"
-    return sum(v["terms"].nbytes for v in getattr(opt, "_views", {}).values()) + sum(
-        m.nbytes for m in getattr(opt, "_mult_cache", {}).values())
+    return getattr(opt, "extra_bytes", 0)
 
 
 def step_cost(name: str, rounds: int = 15, out=None, warmup: int = 3, layouts=tuple(LAYOUTS),
