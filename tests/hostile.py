@@ -661,7 +661,7 @@ def two_classes(folder):
 @fixture
 def packed(folder):
     "The same, packed"
-    from repopt.lab.data import pack
+    from repopt.lab.packed import pack
     assert pack(made("two_classes"), folder) == dict(train=12, val=6)
 
 
