@@ -18,7 +18,7 @@ from . import records
 from .records import unknown
 from .data import load_data
 from ..models import ConvBlock, RepVGGBlock, create_model, fuse_norm
-from .speed import interleaved, quartiles
+from .timing import interleaved, quartiles
 from .recipes import Recipe, resolve
 from .runs import Run, build_folder, finished
 from .training import evaluate, load_weights
