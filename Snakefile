@@ -104,7 +104,7 @@ rule train:
 
 
 rule quantize:
-    input: recipes, modules("quantization", "lab/int8"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
+    input: recipes, modules("quantization", "deployment", "lab/int8"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
     params: notebook="06_quantization", asked=training, common=COMMON
@@ -113,7 +113,7 @@ rule quantize:
 
 
 rule paper:
-    input: recipes, modules("lab/hyper_search", "quantization", "lab/int8", "lab/report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
+    input: recipes, modules("lab/hyper_search", "quantization", "deployment", "lab/int8", "lab/report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
     params: notebook="07_paper", asked=telling, common=COMMON

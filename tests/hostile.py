@@ -1952,7 +1952,8 @@ def quantized():
 
 @kind("INT8")
 def int8_inputs():
-    from repopt.quantization import export_int8, quantize, quantize_aware
+    from repopt.deployment import export_int8
+    from repopt.quantization import quantize, quantize_aware
     x, y = images(), torch.randint(5, (32,), generator=torch.Generator().manual_seed(0))
     alone = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     class Branching(nn.Module):
