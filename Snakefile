@@ -42,7 +42,8 @@ def hold():
 
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
 FLOORS = ("published csla grad_mult scales rules engine contract explicit optim doctor models repghost search __main__ "
-          "lab/records lab/data lab/checkpoint lab/distributed lab/recipes lab/training lab/runs lab/speed lab/plan lab/cli").split()
+          "lab/records lab/pictures lab/packed lab/augment lab/batches lab/data lab/checkpoint lab/distributed "
+          "lab/recipes lab/training lab/runs lab/timing lab/memory lab/plan lab/cli").split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
@@ -104,7 +105,7 @@ rule train:
 
 
 rule quantize:
-    input: recipes, modules("quantization", "lab/int8"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
+    input: recipes, modules("quantization", "deployment", "lab/int8"), "build/marks/{recipe}/05_train_imagenet.done", notebook="nbs/06_quantization.ipynb"
     output: touch("build/marks/{recipe}/06_quantization.done")
     log: "build/notebooks/{recipe}/06_quantization.ipynb"
     params: notebook="06_quantization", asked=training, common=COMMON
@@ -113,7 +114,7 @@ rule quantize:
 
 
 rule paper:
-    input: recipes, modules("lab/hyper_search", "quantization", "lab/int8", "lab/report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
+    input: recipes, modules("lab/hyper_search", "quantization", "deployment", "lab/int8", "lab/report"), "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
     params: notebook="07_paper", asked=telling, common=COMMON

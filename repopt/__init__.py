@@ -19,7 +19,8 @@ _HOME = {name: module for module, names in {
     "lab.recipes": "Recipe",
     "lab.runs": "Run run run_all",
     "search": "eligible to_hyper_search",
-    "quantization": "export_int8 quantize quantize_aware",
+    "quantization": "quantize quantize_aware",
+    "deployment": "export_int8",
 }.items() for name in names.split()}
 
 __all__ = [*_HOME, "__version__"]

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['QuantizationError', 'Quantized', 'check_model', 'check_weights', 'calibration', 'quantize', 'int8_weights', 'sqnr',
-           'deployed', 'put_back_norms', 'tune', 'quantize_aware', 'export_int8', 'chance']
+           'deployed', 'tune', 'quantize_aware']
 
 # %% ../nbs/06_quantization.ipynb #5c0a21ed
-import contextlib, logging, math, operator, os, warnings
-from collections.abc import Mapping
+import contextlib, logging, math, operator, warnings
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .models import ConvBlock, RepVGGBlock
 class QuantizationError(ValueError):
     "A model, a calibration set or an engine that does not allow what was asked; nothing was changed or written"
 
-
+# %% ../nbs/06_quantization.ipynb #6a960001
 def _quantizer(weights: str, activations: str = "histogram", qat: bool = False):
     "torchao's X86 quantizer. QuantizationError for what it does not know, or without torchao."
     if weights not in ("per_channel", "per_tensor"):
@@ -90,7 +89,7 @@ def check_model(model: nn.Module) -> None:
         raise QuantizationError("the model still has CSLA branches: take repopt.merge(model)")
     check_weights(model)
 
-
+# %% ../nbs/06_quantization.ipynb #6a960002
 def check_weights(model: nn.Module, what: str = "the model") -> None:
     """Raises QuantizationError where a parameter or a buffer of `model` is not float32 or not finite.
 
@@ -106,7 +105,7 @@ def check_weights(model: nn.Module, what: str = "the model") -> None:
         raise QuantizationError(f"{what} has weights that are not finite: {len(bad)} tensors, the first is {bad[0]}; "
                                 f"load good ones")
 
-
+# %% ../nbs/06_quantization.ipynb #6a960003
 def _is_float(x): return isinstance(x, Tensor) and x.is_floating_point()
 
 
@@ -130,7 +129,7 @@ def _batch(batch, labelled: bool = False):
         raise QuantizationError(f"a batch of {len(x)} images needs as many integer labels, it has {have}")
     return x.detach().float(), y
 
-
+# %% ../nbs/06_quantization.ipynb #6a960004
 def _batches(loader, what):
     """The batches of `loader`, a tensor, an iterable of batches, or one of our loaders.
 
@@ -143,7 +142,7 @@ def _batches(loader, what):
     return loader
 
 
-def calibration(loader, images: int = 512, labelled: bool = False) -> list:
+def calibration(loader: Iterable, images: int = 512, labelled: bool = False) -> list:
     """The first `images` images of `loader`, which has labels or may have, as a list of batches on the CPU.
 
     Raises QuantizationError for fewer than 32, for several sizes, or for values that are not finite."""
@@ -174,13 +173,13 @@ def _quietly():
         finally:
             for l, b in zip(log, before): l.setLevel(b)
 
-
+# %% ../nbs/06_quantization.ipynb #6a960005
 # What the quantizer asks for, by the operation that does it: the same for a module, a function and a method
 _KINDS = {"conv2d": nn.Conv2d, "batch_norm": nn.BatchNorm2d, "linear": nn.Linear, "add": operator.add, "relu": nn.ReLU,
           "relu6": nn.ReLU6, "hardtanh": nn.Hardtanh, "hardswish": nn.Hardswish, "silu": nn.SiLU,
           "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
-
+# %% ../nbs/06_quantization.ipynb #6a960006
 def _exported(model, x):
     """The graph of `model` for batches of any size, in which nothing is done in place and each operation is known by
     what it computes.
@@ -205,7 +204,7 @@ def _exported(model, x):
         if _operation(n) in _KINDS: n.meta["source_fn_stack"] = [(n.name, _KINDS[_operation(n)])]
     return graph
 
-
+# %% ../nbs/06_quantization.ipynb #6a960007
 def _check_same(want, have, how):
     apart = ((want - have).norm()/want.norm().clamp_min(1e-30)).item()
     if not apart <= 1e-2:
@@ -220,7 +219,7 @@ def _operation(node):
     "'conv2d' for a node that calls aten.conv2d.default, '' for one that calls no operator of torch"
     return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
 
-
+# %% ../nbs/06_quantization.ipynb #6a960008
 def _without_inplace(graph):
     """Let each in-place operation make a new tensor, which the nodes after it read: else a quantizer that is put before
     it would leave them the old one."""
@@ -247,7 +246,7 @@ def _keep_other_norms(graph):
     return graph
 
 # %% ../nbs/06_quantization.ipynb #db7e0949
-def quantize(model: nn.Module, loader, weights: str = "per_channel", activations: str = "histogram",
+def quantize(model: nn.Module, loader: Iterable, weights: str = "per_channel", activations: str = "histogram",
              images: int = 512) -> Quantized:
     """INT8 version of `model`, after training (PTQ). `model` is left as it is.
 
@@ -283,7 +282,7 @@ def _quantized(model, batches, quantizer, how, learned=None):
         raise QuantizationError("the model has no conv and no linear layer that could be INT8")
     return Quantized(graph, how, x)
 
-
+# %% ../nbs/06_quantization.ipynb #6a960009
 def _observers(graph):
     """{(name of its weights, how often they were met before): (observer of the input, observer of the weights)} of each
     quantized conv and linear of a prepared graph."""
@@ -318,43 +317,9 @@ def deployed(model: nn.Module) -> nn.Module:
         if isinstance(m, ConvBlock): m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
     return model
 
-# %% ../nbs/06_quantization.ipynb #782101b3
-@torch.no_grad()
-def put_back_norms(model: nn.Module, batches: list) -> nn.Module:
-    """A copy of a fused RepVGG with a batch norm behind every conv, of the statistics on `batches`: the same function
-    in eval mode."""
-    model, seen = deepcopy(model).eval(), {}
-    blocks = [m for m in model.modules() if isinstance(m, RepVGGBlock)]
-    if any(not hasattr(b, "conv") for b in blocks) or not blocks:
-        raise QuantizationError("norms are put back into a fused RepVGG: call .reparameterize() first")
-    def note(b):
-        def see(_, __, y):
-            moments = y.mean((0, 2, 3)), y.square().mean((0, 2, 3)), torch.full((y.shape[1],), float(len(y)))
-            seen.setdefault(b, []).append(torch.stack(moments))
-        return see
-    hooks = [b.conv.register_forward_hook(note(b)) for b in blocks]
-    for x in batches: model(x)
-    for h, b in zip(hooks, blocks):
-        h.remove()
-        b.conv = _with_norm(b.conv, torch.stack(seen[b]))
-    return model
-
-
-def _with_norm(conv, moments):
-    """`conv`, its bias moved into a batch norm behind it.
-
-    `moments` `[batches, 3, O]`: mean and mean square of the output, images."""
-    mean, square = (moments[:, :2]*moments[:, 2:]).sum(0)/moments[:, 2].sum(0)
-    bn = nn.BatchNorm2d(len(mean))
-    bn.running_mean.copy_(mean - conv.bias)
-    bn.running_var.copy_(square - mean**2)
-    bn.weight.copy_((bn.running_var + bn.eps).sqrt())
-    bn.bias.copy_(mean)
-    conv.bias = None
-    return nn.Sequential(conv, bn).train(conv.training)
-
 # %% ../nbs/06_quantization.ipynb #d4762391
-def tune(net: nn.Module, train, epochs: int, lr: float, momentum: float = .9, device="cpu") -> None:
+def tune(net: nn.Module, train: Iterable, epochs: int, lr: float, momentum: float = .9,
+         device: str | torch.device = "cpu") -> None:
     """Train `net` on with SGD and a cosine from `lr` to zero, in place. `train`: batches of (x, y), with a length.
 
     A batch of one image is left out where there are batch norms, to which it may give no variance.
@@ -382,8 +347,8 @@ def tune(net: nn.Module, train, epochs: int, lr: float, momentum: float = .9, de
                                 "give larger batches")
 
 # %% ../nbs/06_quantization.ipynb #55566568
-def quantize_aware(model: nn.Module, train, epochs: int = 10, lr: float = .01, weights: str = "per_channel",
-                   images: int = 512, device=None) -> Quantized:
+def quantize_aware(model: nn.Module, train: Iterable, epochs: int = 10, lr: float = .01, weights: str = "per_channel",
+                   images: int = 512, device: str | torch.device | None = None) -> Quantized:
     """INT8 version of `model` after `epochs` of quantization-aware training (QAT) on batches of (x, y) from `train`,
     SGD with a cosine from `lr`. `model` is left as it is.
 
@@ -401,7 +366,7 @@ def quantize_aware(model: nn.Module, train, epochs: int = 10, lr: float = .01, w
            "moving min-max")
     return _quantized(tuned, batches, _quantizer(weights, "minmax"), how, _observers(graph))
 
-
+# %% ../nbs/06_quantization.ipynb #6a96000a
 def _tune_quantized(model, train, epochs, lr, quantizer, x, device):
     "(the float net, the graph with fake quantizers) after training, both on the CPU and in eval mode"
     from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
@@ -421,99 +386,3 @@ def _tune_quantized(model, train, epochs, lr, quantizer, x, device):
                                 f"with fake quantizers")
     check_weights(tuned, "the tuned net")
     return tuned.eval(), graph
-
-# %% ../nbs/06_quantization.ipynb #d687b3a8
-def _engine():
-    "ONNX Runtime. QuantizationError where it or what writes the file is missing."
-    try: import onnx, onnxruntime, onnxscript                                # noqa: the exporter needs all three
-    except ImportError as e:
-        raise QuantizationError(f"an INT8 file needs onnx, onnxscript and onnxruntime (pip install onnx onnxscript "
-                                f"onnxruntime): {e}") from e
-    onnxruntime.set_default_logger_severity(3)
-    return onnxruntime
-
-
-def _session(path, threads=None):
-    "`x -> logits` of an ONNX file, on numpy arrays"
-    ort = _engine()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # integer sums that cannot overflow on any CPU
-    s = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = s.get_inputs()[0].name
-    return lambda x: s.run(None, {name: x})[0]
-
-
-def _write_onnx(graph, x, path):
-    """Write `graph`, which takes batches like `x`, as ONNX.
-
-    Each DequantizeLinear with a zero point of its own, since ONNX Runtime cannot turn int8 weights that share one
-    into uint8."""
-    import onnx
-    with _quietly(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
-        model = torch.onnx.export(graph, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                                  verbose=False).model_proto
-    values, taken = {v.name: v for v in model.graph.initializer}, set()
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[2] not in values: continue
-        zero = node.input[2]
-        if zero in taken:
-            model.graph.initializer.append(values[zero])
-            node.input[2] = model.graph.initializer[-1].name = f"{zero}_{node.output[0]}"
-        taken.add(zero)
-    onnx.save(model, str(path))
-
-# %% ../nbs/06_quantization.ipynb #01479f45
-def export_int8(model: Quantized, path, test=None) -> dict:
-    """Write the INT8 `model` of `quantize` or `quantize_aware` to `path` as ONNX, load it back in ONNX Runtime and
-    compare.
-
-    `test`: batches of (images, labels); without it, top-1 is the agreement with the model on its calibration images.
-    Returns {'top1', 'top1_model', 'worse', 'better', 'apart', 'images', 'path'}: of the images that only one of the two
-    gets right, the file has `better` of them and the model `worse`; `apart` is the relative distance of their logits.
-
-    Raises QuantizationError, and writes nothing, for a float model, a place or an engine that is not there, and for a
-    file that does not compute what the model does: logits more than a tenth of their norm apart, or more images lost
-    than won where a fair coin would do so once in a thousand times."""
-    path = Path(path)
-    if not isinstance(model, Quantized):
-        raise QuantizationError(f"export_int8 writes what quantize or quantize_aware returned, not a "
-                                f"{type(model).__name__}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise QuantizationError(f"{path} is no place for a file: {path.parent} must be a folder, and {path.name} not "
-                                f"one")
-    _engine()
-    if test is None: batches = [(model.images, None)]
-    else: batches = [_batch(b, labelled=True) for b in _batches(test, "the test set")]
-    if not sum(len(x) for x, _ in batches):
-        raise QuantizationError("the test set is empty: there is nothing to check the file with")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write_onnx(model.graph, model.images, part)
-        found = _compare(model, _session(part), batches)
-        if not found["apart"] <= .1 or (test is not None and chance(found["better"], found["worse"]) < 1e-3):
-            raise QuantizationError(f"nothing written: in ONNX Runtime the file reaches {found['top1']:.2f} %, the "
-                                    f"quantized model {found['top1_model']:.2f} % on {found['images']} images, "
-                                    f"logits {100*found['apart']:.0f} % apart (do its kernels saturate?)")
-        os.replace(part, path)
-    except OSError as e: raise QuantizationError(f"{path} cannot be written: {e.strerror or e}") from e
-    finally: part.unlink(missing_ok=True)
-    return {**found, "path": str(path)}
-
-
-def chance(better: int, worse: int) -> float:
-    """The probability that of `better + worse` tosses of a fair coin at most `better` are heads: McNemar's exact test,
-    one-sided."""
-    n = better + worse
-    return sum(math.comb(n, k) for k in range(better + 1))/2**n
-
-
-@torch.no_grad()
-def _compare(model, file, batches):
-    "What `export_int8` returns of a file and of the model it was made from"
-    mine, theirs = (torch.cat([torch.as_tensor(f(x)) for x, _ in batches]) for f in (model, lambda x: file(x.numpy())))
-    y = mine.argmax(1) if batches[0][1] is None else torch.cat([y for _, y in batches])
-    a, b = (z.argmax(1) == y for z in (mine, theirs))
-    return dict(top1=100*b.double().mean().item(), top1_model=100*a.double().mean().item(), worse=int((a & ~b).sum()),
-                better=int((b & ~a).sum()), apart=((theirs - mine).norm()/mine.norm().clamp_min(1e-30)).item(),
-                images=len(y))

@@ -663,7 +663,7 @@ def two_classes(folder):
 @fixture
 def packed(folder):
     "The same, packed"
-    from repopt.lab.data import pack
+    from repopt.lab.packed import pack
     assert pack(made("two_classes"), folder) == dict(train=12, val=6)
 
 
@@ -1955,7 +1955,8 @@ def quantized():
 
 @kind("INT8")
 def int8_inputs():
-    from repopt.quantization import export_int8, quantize, quantize_aware
+    from repopt.deployment import export_int8
+    from repopt.quantization import quantize, quantize_aware
     x, y = images(), torch.randint(5, (32,), generator=torch.Generator().manual_seed(0))
     alone = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     class Branching(nn.Module):

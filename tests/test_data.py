@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from repopt.lab import data
-from repopt.lab.data import DataError, FolderLoader, load_data, load_image_folder, main, pack
+from repopt.lab import augment, data
+from repopt.lab.batches import FolderLoader
+from repopt.lab.data import load_data, load_image_folder, main
+from repopt.lab.packed import pack
+from repopt.lab.pictures import DataError, Folder, middle
 
 BIG, SMALL = 72, 16                      # an image size that is read through workers, and one that is held in memory
 
@@ -61,7 +64,7 @@ def test_a_tidy_folder_is_read_as_by_torchvision(tree):
     from torchvision.datasets import ImageFolder
     save(tree/"train"/"a"/"b.d"/"x.JPG")
     save(tree/"train"/"a"/"B"/"x.jpeg")
-    ours, theirs = data.Folder(tree/"train"), ImageFolder(tree/"train")
+    ours, theirs = Folder(tree/"train"), ImageFolder(tree/"train")
     assert ours.samples == theirs.samples and ours.classes == theirs.classes and ours.targets == theirs.targets
     for p, _ in ours.samples: assert np.array_equal(np.asarray(ours.loader(p)), np.asarray(theirs.loader(p)))
 
@@ -254,8 +257,8 @@ def test_extreme_shapes_are_not_blown_up(tree, shape, monkeypatch):
     monkeypatch.setattr(Image.Image, "resize",
                         lambda x, size, *a, **k: (grown.append(size[0]*size[1]), real(x, size, *a, **k))[1])
     for split in ("train", "val"): save(tree/split/"a"/"long.png", size=shape)
-    for augment in data.AUGMENTS:
-        d = load(tree, BIG, augment)
+    for how in augment.AUGMENTS:
+        d = load(tree, BIG, how)
         for loader in (d.train, d.test):
             assert all(x.shape[1:] == (3, BIG, BIG) and x.isfinite().all() for x, _ in loader.epoch())
     assert max(grown) <= 20*84*84
@@ -265,10 +268,10 @@ def test_extreme_shapes_are_not_blown_up(tree, shape, monkeypatch):
 def test_the_ends_that_are_left_out_show_in_no_crop():
     from torchvision.transforms import v2
     x = Image.fromarray(np.random.RandomState(0).randint(0, 255, (8, 400, 3), np.uint8))
-    assert torch.equal(data.transforms(False, 32, "none")(x),
+    assert torch.equal(augment.transforms(False, 32, "none")(x),
                        v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()])(x))
     y = x.crop((150, 0, 250, 8))
-    assert data.middle(y) is y and data.middle(x).size == (128, 8)
+    assert middle(y) is y and middle(x).size == (128, 8)
 
 
 def png(w, h):
@@ -481,14 +484,14 @@ def test_none_is_none(tree):
 
 def test_raug15_draws_from_16_operations_and_15_levels():
     drawn, x = Counter(), Image.new("RGB", (8, 8))
-    ops = data.raug_ops()
+    ops = augment.raug_ops()
     assert len(ops) == 16 and {"Invert", "SolarizeAdd", "Cutout"} < set(ops) and "Identity" not in ops
     spies = {name: (lambda y, level, name=name: (drawn.update([name, level]), y)[1]) for name in ops}
-    real, data.raug_ops = data.raug_ops, lambda: spies
+    real, augment.raug_ops = augment.raug_ops, lambda: spies
     try:
-        with data.seeded(0):
-            for _ in range(6000): data.raug15(x)
-    finally: data.raug_ops = real
+        with augment.seeded(0):
+            for _ in range(6000): augment.raug15(x)
+    finally: augment.raug_ops = real
     names, levels = [drawn[n] for n in ops], [drawn[i] for i in range(15)]
     assert sum(names) == sum(levels) == 12000 and sum(drawn.values()) == 24000
     for counts in (names, levels):  # chi-squared, far in its tail
@@ -499,9 +502,9 @@ def test_raug15_draws_from_16_operations_and_15_levels():
 def test_every_operation_does_what_its_level_says():
     x = Image.fromarray(np.random.RandomState(0).randint(40, 200, (100, 100, 3), np.uint8))
     a = np.asarray(x).astype(int)
-    def at(name, level): return np.asarray(data.raug_ops()[name](x, level)).astype(int)
-    with data.seeded(1):
-        for name in data.raug_ops():
+    def at(name, level): return np.asarray(augment.raug_ops()[name](x, level)).astype(int)
+    with augment.seeded(1):
+        for name in augment.raug_ops():
             assert at(name, 4).shape == a.shape and (at(name, 4) != a).any(), name
             assert np.array_equal(np.asarray(x), a)  # the picture itself stays
         assert np.array_equal(at("Invert", 3),
@@ -520,19 +523,19 @@ def test_every_operation_does_what_its_level_says():
 
 def test_ghost_erases_a_fifth_and_tests_at_256():
     x = torch.full((3, 64, 64), 100, dtype=torch.uint8)
-    with data.seeded(0):
-        shares = np.array([((data.erase(x.clone()) != 100).float().mean().item()) for _ in range(2000)])
+    with augment.seeded(0):
+        shares = np.array([((augment.erase(x.clone()) != 100).float().mean().item()) for _ in range(2000)])
     erased = shares[shares > 0]
     assert abs(len(erased)/2000 - .2) < .03 and .01 < erased.min()
     assert erased.max() < .36 and abs(erased.mean() - .17) < .02
-    with data.seeded(0): noise = data.erase(x.repeat(1, 20, 20).clone(), 1.)
+    with augment.seeded(0): noise = augment.erase(x.repeat(1, 20, 20).clone(), 1.)
     box = noise[:, (noise != 100).any(0).any(1)][:, :, (noise != 100).any(0).any(0)].float()/255
-    assert (box.mean((1, 2)) - torch.tensor(data.IMAGENET_MEAN)).abs().max() < .02 and (box.std((
-        1, 2)) - torch.tensor(data.IMAGENET_STD)).abs().max() < .02
+    assert (box.mean((1, 2)) - torch.tensor(augment.IMAGENET_MEAN)).abs().max() < .02 and (box.std((
+        1, 2)) - torch.tensor(augment.IMAGENET_STD)).abs().max() < .02
     from torchvision.transforms import v2
     photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 400, 3), np.uint8))
     want = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()])(photo)
-    assert torch.equal(data.transforms(False, 224, "ghost")(photo), want)
+    assert torch.equal(augment.transforms(False, 224, "ghost")(photo), want)
 
 
 def test_the_recipes_train_as_the_authors_did(tree):

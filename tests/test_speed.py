@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from repopt.lab import plan, speed
+from repopt.lab import memory, plan, speed, timing
 from repopt.optim import RepNAdam, rep_optimizer
 from repopt.lab.training import OPTIMIZERS, build_model, make_optimizer
 from repopt.lab.recipes import Recipe
@@ -23,18 +23,18 @@ def card(monkeypatch):
                 max_memory_allocated=lambda: 7, max_memory_reserved=lambda: 8, memory_reserved=lambda: 0,
                 mem_get_info=lambda: (2**30, 2**33))
     for k, v in cuda.items(): monkeypatch.setattr(torch.cuda, k, v)
-    asked, opened, step = [], speed.Work.open, speed.Work.__call__
+    asked, opened, step = [], timing.Work.open, timing.Work.__call__
     def on_cpu(self):
         self.device = "cpu"
         return opened(self)
     def small(self):
         if self.train and self.batch > 5: raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self)
-    monkeypatch.setattr(speed, "accelerator", lambda: "cuda")
+    for module in (timing, memory, speed): monkeypatch.setattr(module, "accelerator", lambda: "cuda")
     monkeypatch.setattr(speed, "ceilings", lambda *a: dict(fp32=1e9, tf32=2e9, bf16=3e9, copy=1e9))
     monkeypatch.setattr(speed, "TABLE3", {"repoptvgg_digits": (32, 2)})
-    monkeypatch.setattr(speed.Work, "open", on_cpu)
-    monkeypatch.setattr(speed.Work, "__call__", small)
+    monkeypatch.setattr(timing.Work, "open", on_cpu)
+    monkeypatch.setattr(timing.Work, "__call__", small)
     return asked
 
 
@@ -71,7 +71,7 @@ ADDED = dict(repnadam=lambda g, r, **rep: RepNAdam(g, lr=r.lr, decoupled_weight_
 def weighed(recipe, name, images):
     "(bytes before a step, bytes at its peak)"
     with torch.device("meta"): scales = build_model(recipe.model, "target", recipe, 3).initial_scales()
-    live = speed.Live()
+    live = memory.Live()
     with live:
         net = build_model(recipe.model, "target", recipe, 3)
         opt = make_optimizer(name, net, recipe, scales if name.startswith("rep") else None)
@@ -81,7 +81,7 @@ def weighed(recipe, name, images):
         before = live.now
         x, y = torch.randn(images, 3, recipe.image_size, recipe.image_size), torch.zeros(images, dtype=torch.long)
         live.peak = 0
-        speed.train_step(net, opt, x, y)
+        timing.train_step(net, opt, x, y)
     return before, live.peak
 
 

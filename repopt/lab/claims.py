@@ -31,7 +31,8 @@ from .records import command_line, Parser, lookup, unknown, write_atomic
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm, p_value,
                                  ratio, seeds_to_decide)
 from ..models import count, create_model
-from ..optim import RepAdamW, RepSGD, check_equivalence
+from ..doctor import check_equivalence
+from ..optim import RepAdamW, RepSGD
 from ..scales import Scales
 
 # %% ../../nbs/lab/m_claims.ipynb #cl05

@@ -19,7 +19,7 @@ from ..csla import CSLA
 from .data import load_data
 from ..models import create_model
 from .records import command_line, make_record, write
-from .speed import accelerator, arithmetic, interleaved, quartiles, summary
+from .timing import accelerator, arithmetic, interleaved, quartiles, summary
 from .recipes import Recipe, resolve
 from .runs import Run, run
 from .training import build_model, compiled, make_optimizer, train_step

@@ -16,7 +16,7 @@ import torch
 from .data import load_data
 from .distributed import command
 from ..explicit import Explicit
-from .speed import imagined, step_bytes
+from .memory import imagined, step_bytes
 from .records import command_line, writable
 from .runs import arguments
 from .training import build_model, make_optimizer, train_step

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 from .records import nearest, unknown
-from .data import AUGMENTS
+from .augment import AUGMENTS
 
 # %% ../../nbs/lab/e_recipes.ipynb #a8477acc
 @dataclass(frozen=True)

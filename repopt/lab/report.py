@@ -20,7 +20,7 @@ from . import records
 from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs, stages_of
 from ..models import count, create_model, figure1, figure2, initial_scales
 from .int8 import figure3, figure5
-from .speed import TABLE3
+from .timing import TABLE3
 from .records import command_line, mean_std, paper_table, Parser, write_atomic
 from .recipes import changes, label
 

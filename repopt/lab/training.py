@@ -19,7 +19,8 @@ from ..published import load_into, renamed
 from . import checkpoint, records
 from .records import BrokenOff, unknown
 from ..csla import CSLA
-from .data import generator, load_data
+from .batches import generator
+from .data import load_data
 from .distributed import Signals, World, averaged, buffers_of_first, requeue
 from ..repghost import create_model                                    # those of `models`, with RepGhostNets too
 from ..optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups, rep_optimizer
