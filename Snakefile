@@ -42,7 +42,7 @@ def hold():
 
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
 FLOORS = ("published csla grad_mult scales models optim repghost search __main__ "
-          "lab/records lab/data lab/checkpoint lab/distributed lab/recipes lab/training lab/runs lab/speed lab/plan lab/cli").split()
+          "lab/records lab/data lab/checkpoint lab/distributed lab/recipes lab/training lab/runs lab/speed lab/plan lab/cli lab/plots").split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]
