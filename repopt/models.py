@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODES', 'FAMILIES', 'Shape', 'SE', 'ConvBlock', 'RepVGGBlock', 'fuse_norm', 'Net', 'VGG', 'to_branches',
-           'merge', 'Family', 'known', 'create_model', 'initial_scales', 'count', 'kernel_distance', 'draw_block',
-           'figure2', 'figure1']
+           'merge', 'Family', 'known', 'create_model', 'initial_scales', 'count', 'kernel_distance']
 
 # %% ../nbs/02_models.ipynb #b1492eff
 from collections.abc import Callable, Mapping, Sequence
@@ -272,80 +271,3 @@ def count(model: nn.Module, size: int = 224, in_chans: int = 3) -> dict:
 def kernel_distance(a: dict, b: dict) -> float:
     "Largest relative distance between kernels of the same name, ‖a - b‖/‖b‖"
     return max(((a[n] - b[n]).norm()/b[n].norm()).item() for n in a)
-
-# %% ../nbs/02_models.ipynb #31dac53a
-def draw_block(ax, branches: Mapping, after: str, title: str = "") -> None:
-    """One block as a flow from bottom to top: a column per branch, followed by `after` ('BN', 'constant', 'trainable'
-    or '')."""
-    ax.set(xlim=(-1.6, 1.6), ylim=(-.5, 5.2))
-    ax.axis("off")
-    ax.set_title(title, fontsize=9)
-    names = list(branches)
-    xs = [(i - (len(names) - 1)/2)*1.05 for i in range(len(names))]
-    box = lambda x, y, s, c: ax.text(x, y, s, ha="center", va="center", fontsize=8,
-                                     bbox=dict(boxstyle="round,pad=.3", fc=c, ec=".3", lw=.8))
-    label = {"conv": "3×3", "conv_1x1": "1×1", "identity": "identity"}
-    for x, n in zip(xs, names):
-        trained_identity = n == "identity" and after in ("constant", "trainable")
-        text = "scaling" if trained_identity else label.get(n, n)
-        ax.plot([0, x, x, 0], [0, .7, 3.2, 3.7], c=".5", lw=1, zorder=0)
-        if not (n == "identity" and after == "BN"): box(x, 1.4, text, "#9ecae1")
-        mark = {"BN": ("BN", "#fdd0a2"),
-                "constant": ("× 1" if trained_identity else {"conv": "× s", "conv_1x1": "× t"}.get(n, "× α"),
-                             "#e5e5e5"),
-                "trainable": (None if trained_identity else {"conv": "s", "conv_1x1": "t"}.get(n, "α"), "#c7e9c0"),
-                "": (None, "")}[after]
-        if mark[0]: box(x, 2.5, *mark)
-    if len(names) > 1:
-        ax.text(0, 3.75, "+", ha="center", va="center", fontsize=11,
-                bbox=dict(boxstyle="circle,pad=.1", fc="w", ec=".3"))
-    box(0, 4.6, "ReLU" if after == "BN" else "BN, ReLU", "#fdd0a2")
-    ax.plot([0, 0], [-.3, 0], c=".5", lw=1, zorder=0)
-    ax.plot([0, 0], [3.7, 4.3], c=".5", lw=1, zorder=0)
-
-# %% ../nbs/02_models.ipynb #b6c50e6e
-def figure2():
-    """Fig. 2: the structure with the prior, its CSLA block, the Hyper-Search block that finds the scales, the target
-    with its Grad Mult."""
-    import matplotlib.pyplot as plt
-    from repopt.grad_mult import rep_branches
-    op = nn.Conv2d(2, 2, 3, padding=1)
-    fig, axs = plt.subplots(1, 4, figsize=(11, 3.2))
-    b = rep_branches(op)
-    draw_block(axs[0], b, "BN", "1. the prior: a RepVGG block")
-    draw_block(axs[1], b, "constant", "2. CSLA: each branch linear,\nconstant scales (imaginary)")
-    draw_block(axs[2], b, "trainable", "3. Hyper-Search: scales trained,\nonly their values kept")
-    draw_block(axs[3], {"conv": b["conv"]}, "", "4. the target, trained by\na RepOptimizer made of s and t")
-    fig.tight_layout()
-    return fig
-
-# %% ../nbs/02_models.ipynb #a5a96999
-def figure1():
-    "Fig. 1: a regular block, RepVGG and RepOpt-VGG, with their parameters for two channels"
-    import matplotlib.pyplot as plt
-    from repopt.grad_mult import GradMult, rep_branches
-    op = nn.Conv2d(2, 2, 3, padding=1)
-    b = rep_branches(op)
-    g = torch.Generator().manual_seed(0)
-    tiles = lambda W: W.permute(0, 2, 1, 3).reshape(W.shape[0]*W.shape[2], -1)
-    draw = lambda n: init_(b[n], torch.empty(b[n].theta_shape(op.weight)), generator=g)
-    M = GradMult({"conv": torch.tensor([.6, .9]), "conv_1x1": torch.tensor([.5, .8]), "identity": torch.ones(2)},
-                 op.weight.shape).dense()
-    fig, axs = plt.subplots(2, 3, figsize=(9, 5.2), height_ratios=(2, 1.2))
-    draw_block(axs[0, 0], {"conv": b["conv"]}, "", "(a) regular")
-    draw_block(axs[0, 1], b, "BN", "(b) RepVGG in training")
-    draw_block(axs[0, 2], {"conv": b["conv"]}, "", "(c) RepOpt-VGG")
-    parts = [[("$W$", tiles(draw("conv")))],
-             [("3×3", tiles(draw("conv"))), ("1×1", draw("conv_1x1").flatten(1)),
-              ("γ, β, μ, σ of 3 BN", torch.tensor([[1., 0., 0., 1.]]).T.repeat(1, 6))],
-              [("$W$", tiles(draw("conv"))), ("Grad Mult", tiles(M))]]
-    for ax, ps in zip(axs[1], parts):
-        ax.axis("off")
-        for i, (name, t) in enumerate(ps):
-            a = ax.inset_axes([(i + .5)/len(ps) - .14, .12, .28, .62])
-            a.imshow(t.detach(), **(dict(cmap="viridis", vmin=0) if name == "Grad Mult"
-                                    else dict(cmap="RdBu", vmin=-1, vmax=1)))
-            a.set(xticks=[], yticks=[])
-            a.set_title(name, fontsize=8)
-    fig.tight_layout()
-    return fig

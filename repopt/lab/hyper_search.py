@@ -18,6 +18,7 @@ from torch import nn
 from ..csla import CSLA
 from .data import load_data
 from ..models import create_model
+from .plots import arm, BRANCHES, style
 from .records import command_line, make_record, write
 from .timing import accelerator, arithmetic, interleaved, quartiles, summary
 from .recipes import Recipe, resolve
@@ -82,14 +83,16 @@ def photographs(size: int = 64, n: int = 16, seed: int = 0) -> torch.Tensor:
     return (x - x.mean((0, 2, 3), keepdim=True))/x.std((0, 2, 3), keepdim=True)
 
 
+@style()
 def figure4(x=None):
     "Fig. 4: the identity variance ratio in the stage of 16 blocks"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3))
-    for name, r in identity_ratios(photographs() if x is None else x).items():
-        ax.plot(range(2, 17), r, "o-", ms=3, lw=1, label=name)
-    ax.set(xlabel="block of the stage", ylabel="identity variance ratio", ylim=(0, 1))
-    ax.legend(frameon=False, fontsize=8)
+    ratios = identity_ratios(photographs() if x is None else x)
+    for (name, r), start in zip(ratios.items(), ("plain", "ones", "sqrt2l")):
+        ax.plot(range(2, 17), r, "o-", c=arm(start), label=name)
+    ax.set(xlabel="block of the stage", ylabel="identity's share of the variance", ylim=(0, 1))
+    ax.legend()
     fig.tight_layout()
     return fig
 
@@ -113,19 +116,20 @@ def plot_blocks(ax, means, stages, title: str = "") -> None:
 
     `means` is `[blocks, 3]`, NaN where a branch does not exist; `stages` as of `stages_of`."""
     means = np.asarray(means)
-    for k, (name, colour) in enumerate([("3×3 (s)", "C0"), ("1×1 (t)", "C1"), ("identity", "C2")]):
+    for k, look in enumerate(BRANCHES.values()):
         for a, b in stages:
-            ax.plot(range(a, b), means[a:b, k], "o-", ms=3, lw=1, c=colour, label=name if a == 0 else None)
+            ax.plot(range(a, b), means[a:b, k], lw=1, **look | ({} if a == 0 else {"label": None}))
     ax.set(xlabel="block", ylabel="mean scale", title=title)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend()
 
 # %% ../../nbs/04_hyper_search.ipynb #5bb9b3bd
 def plot_epochs(ax, means, block: int, title: str = "") -> None:
     "Mean s, t and identity of one block after each epoch: Fig. 6. `means` is `[epochs, blocks, 3]`."
-    for k, name in enumerate(["3×3 (s)", "1×1 (t)", "identity"]):
-        ax.plot(np.arange(1, len(means) + 1), np.asarray(means)[:, block, k], label=name)
+    for k, look in enumerate(BRANCHES.values()):
+        ax.plot(np.arange(1, len(means) + 1), np.asarray(means)[:, block, k], markevery=max(1, len(means)//8), **look)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="epoch", ylabel="mean scale", title=title)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend()
 
 
 def last_of_stage3(model: str) -> int:

@@ -21,6 +21,7 @@ from . import records
 from .records import unknown
 from .data import load_data
 from ..models import ConvBlock, RepVGGBlock, create_model, fuse_norm
+from .plots import arm, style
 from .timing import interleaved, quartiles
 from .recipes import Recipe, resolve
 from .runs import Run, build_folder, finished
@@ -249,53 +250,66 @@ def plot_layers(axs, found: dict) -> None:
     at = lambda r: r["metrics"]["layers"].get("after branch addition") or r["metrics"]["layers"]["kernel, BN folded"]
     for name, r in found.items():
         rows = list(at(r).values())
-        axs[0].plot([v["max_over_std"] for v in rows], [v["sqnr_per_tensor"] for v in rows], "o", ms=3, label=name)
-        line, = axs[1].plot([v["sqnr_per_tensor"] for v in rows], "o-", ms=3, lw=1, label=f"{name}, per tensor")
-        axs[1].plot([v["sqnr_per_channel"] for v in rows], ":", lw=1, c=line.get_color(), label="per channel")
-        axs[2].plot(list(r["metrics"]["sensitivity"]["per_tensor"].values()), "o-", ms=3, lw=1, label=name)
+        look = dict(c=arm(name), ms=3, lw=1)
+        axs[0].plot([v["max_over_std"] for v in rows], [v["sqnr_per_tensor"] for v in rows], "o", label=name, **look)
+        axs[1].plot([v["sqnr_per_tensor"] for v in rows], "o-", label=f"{name}, per tensor", **look)
+        axs[1].plot([v["sqnr_per_channel"] for v in rows], ":", label="per channel", **look)
+        axs[2].plot(list(r["metrics"]["sensitivity"]["per_tensor"].values()), "o-", label=name, **look)
     k = np.array([3., 40.])
     axs[0].plot(k, 20*np.log10(127.5*12**.5/k), "k--", lw=.8, label="52.9 dB - 20 log₁₀")
     axs[0].set(xscale="log", xlabel="max|W|/σ", ylabel="SQNR of the kernel, dB")
     axs[1].set(xlabel="layer", ylabel="SQNR of the kernel, dB")
     axs[2].set(xlabel="layer in INT8", ylabel="SQNR of the logits, dB")
-    for ax in axs: ax.legend(frameon=False, fontsize=6)
+    for ax in axs: ax.legend(fontsize=6)
 
 # %% ../../nbs/lab/i_int8.ipynb #7d6b77a0
-def _density(ax, arrays, stage, part, colour, note=""):
-    edges = arrays[f"{stage}/edges"]
-    d = arrays[f"{stage}/{part}"]
-    mid = (edges[1:] + edges[:-1])/2
+def _tail(ax, arrays, stage, part, colour):
+    """The share of the weights in each bin, on a logarithmic axis, with σ and the largest weight (to a bin).
+
+    Returns the smallest share that is drawn."""
+    edges, d = arrays[f"{stage}/edges"], arrays[f"{stage}/{part}"]
+    share, mid = d*np.diff(edges), (edges[1:] + edges[:-1])/2
     sigma = float(np.sqrt((d*mid**2).sum()/d.sum() - ((d*mid).sum()/d.sum())**2))
-    ax.stairs(d, edges, fill=True, color=colour, alpha=.8)
-    ax.text(.97, .93, f"{note}σ {sigma:.3f}", transform=ax.transAxes, ha="right", va="top", fontsize=8)
-    ax.set(yticks=[])
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    there = np.flatnonzero(d)
+    top = float(max(edges[there[-1] + 1], -edges[there[0]]))
+    ax.stairs(share, edges, baseline=1e-9, fill=True, color=colour)
+    ax.axvline(top if edges[there[-1] + 1] == top else -top, c="k", lw=.8, ls=":")
+    ax.text(.01, .98, f"σ {sigma:.3f}\nmax|W| {top:.2f}\n= {top/sigma:.0f} σ", transform=ax.transAxes, va="top",
+            fontsize=7)
+    ax.set_yscale("log")
+    return share[there].min()
 
 
+@style()
 def figure3(vgg: dict, opt: dict):
     """Fig. 3: distribution of the sampled kernel of RepOpt-VGG and of the inference-time RepVGG, from the arrays of
     `spread`."""
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 2, figsize=(7, 2.4), sharex=True)
-    for ax, a, stage, name, c in ((axs[0], opt, "kernel", "RepOpt-VGG", "C0"),
-                                  (axs[1], vgg, "after branch addition", "RepVGG, inference-time", "C1")):
-        _density(ax, a, stage, "overall", c)
-        ax.set(title=name, xlabel="weight")
+    fig, axs = plt.subplots(1, 2, figsize=(7, 2.4), sharex=True, sharey=True)
+    least = [_tail(axs[0], opt, "kernel", "overall", arm("RepOpt-VGG")),
+             _tail(axs[1], vgg, "after branch addition", "overall", arm("RepVGG"))]
+    axs[0].set(title="RepOpt-VGG", xlabel="weight", ylabel="share of the weights", ylim=(min(least)/3, 2))
+    axs[1].set(title="RepVGG, inference-time", xlabel="weight")
     fig.tight_layout()
     return fig
 
 
+@style()
 def figure5(vgg: dict, opt: dict):
     "Fig. 5: the same kernel by location (columns), at each stage of RepVGG's conversion and in RepOpt-VGG (rows)"
     import matplotlib.pyplot as plt
-    rows = [(vgg, s, f"RepVGG,\n{s}", "C1")
-            for s in ("before fusing BN", "after fusing BN", "after branch addition")] + [(
-                opt, "kernel", "RepOpt-VGG", "C0")]
-    fig, axs = plt.subplots(4, 3, figsize=(8, 6), sharex=True)
-    for line, (a, stage, name, c) in zip(axs, rows):
-        for ax, part in zip(line, ("overall", "central", "surrounding")): _density(ax, a, stage, part, c)
-        line[0].set_ylabel(name, fontsize=8)
-    for ax, part in zip(axs[0], ("overall", "central", "surrounding")): ax.set_title(part, fontsize=9)
+    rows = [(vgg, s, "RepVGG", f"RepVGG,\n{s}")
+            for s in ("before fusing BN", "after fusing BN", "after branch addition")] + [
+                (opt, "kernel", "RepOpt-VGG", "RepOpt-VGG")]
+    parts = ("overall", "central", "surrounding")
+    fig, axs = plt.subplots(4, 3, figsize=(8, 7), sharex=True, sharey=True)
+    least = [_tail(ax, a, stage, part, arm(name)) for line, (a, stage, name, _) in zip(axs, rows)
+             for ax, part in zip(line, parts)]
+    for ax, (*_, label) in zip(axs[:, 0], rows):
+        ax.set(ylim=(min(least)/3, 2), ylabel=f"{label}\nshare of the weights")
+    for ax, part in zip(axs[0], parts): ax.set_title(part)
+    for ax in axs[-1]: ax.set_xlabel("weight")
+    fig.align_ylabels()
     fig.tight_layout()
     return fig
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from . import records
 from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs, stages_of
-from ..models import count, create_model, figure1, figure2, initial_scales
+from ..models import count, create_model, initial_scales
 from .int8 import figure3, figure5
+from .plots import figure1, figure2, save, style
 from .timing import TABLE3
 from .records import command_line, mean_std, paper_table, Parser, write_atomic
 from .recipes import changes, label
@@ -318,9 +319,11 @@ def _by_stage(ax, model: str, means, title: str):
     "Fig. 7 of a search: a curve a stage, each named where it begins"
     stages = stages_of(initial_scales(model))
     plot_blocks(ax, means, stages, title)
-    ax.set_xticks([a for a, _ in stages], [f"stage {k}" for k in range(len(stages))], fontsize=7)
+    ax.set_xticks([a for a, _ in stages], [f"stage {k}" for k in range(len(stages))], rotation=90)
+    ax.set_xlabel("")
 
 
+@style()
 def figures(found: list[dict]) -> dict:
     """{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 4 at initialisation,
     3 and 5 from a spread, 6 and 7 from a search."""
@@ -342,12 +345,13 @@ def figures(found: list[dict]) -> dict:
     # the paper's two sets, then others
     searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d))
                 if (s := first("search", data__name=d, model=vggs))]
-    def fig6(ax, model, means, name): plot_epochs(ax, means, last_of_stage3(model), f"{name}: last block of stage 3")
-    def fig7(ax, model, means, name): _by_stage(ax, model, means[-1], f"{name}: after the search")
+    def fig6(ax, model, means, name): plot_epochs(ax, means, last_of_stage3(model), f"{name}:\nlast block of stage 3")
+    def fig7(ax, model, means, name): _by_stage(ax, model, means[-1], f"{name}:\nafter the search")
     for k, draw in ((6, fig6), (7, fig7)) if searches else ():
-        figs[k], axs = plt.subplots(1, len(searches), figsize=(5.5*len(searches), 3), squeeze=False)
+        figs[k], axs = plt.subplots(1, len(searches), figsize=(4.4*len(searches), 3), squeeze=False)
         for ax, s in zip(axs[0], searches):
             draw(ax, s["asked"]["model"], arrays(s)["scale_means"], label(s["asked"]["recipe"]))
+        figs[k].tight_layout()
     vgg = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg"))
     opt = first("spread", optimizer="repsgd")
     if vgg and opt: figs[3], figs[5] = figure3(arrays(vgg), arrays(opt)), figure5(arrays(vgg), arrays(opt))
@@ -357,18 +361,13 @@ def figures(found: list[dict]) -> dict:
 def write_all(out: Path | str = "figures", source: Path | str | None = None) -> dict:
     """Write all tables (CSV, Markdown) and figures (SVG, PNG) into `out` from the records in `source` (default: `out`).
     Returns {'tables', 'figures', 'missing'}."""
-    import matplotlib.pyplot as plt
     out, found = Path(out), records.load_all(source or out)
     tables = {k: table(k, found) for k in range(1, 13)}
     for k, rows in tables.items():
         write_atomic(out/f"table{k}.csv", to_csv(rows).encode())
         write_atomic(out/f"table{k}.md", to_markdown(rows, f"Table {k}").encode())
     figs = figures(found)
-    with plt.rc_context({"svg.hashsalt": "repopt", "svg.fonttype": "none"}):
-        for k, f in figs.items():
-            f.savefig(out/f"fig{k}.svg", metadata={"Date": None}, bbox_inches="tight")
-            f.savefig(out/f"fig{k}.png", dpi=120, metadata={"Software": None}, bbox_inches="tight")
-            plt.close(f)
+    for k, f in figs.items(): save(f, out/f"fig{k}")
     return dict(tables=tables, figures=sorted(figs), missing=[k for k in range(1, 8) if k not in figs])
 
 # %% ../../nbs/07_paper.ipynb #1a7e0001
