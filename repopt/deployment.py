@@ -15,7 +15,7 @@ from .quantization import Quantized, QuantizationError, _batch, _batches, _quiet
 # %% ../nbs/06a_deployment.ipynb #d687b3a8
 def _engine():
     "ONNX Runtime. QuantizationError where it or what writes the file is missing."
-    try: import onnx, onnxruntime, onnxscript                                # noqa: the exporter needs all three
+    try: import onnx, onnxruntime, onnxscript                                # noqa: F401
     except ImportError as e:
         raise QuantizationError(f"an INT8 file needs onnx, onnxscript and onnxruntime (pip install onnx onnxscript "
                                 f"onnxruntime): {e}") from e

@@ -35,20 +35,6 @@ def flat(t: Tensor, order: tuple) -> Tensor:
     not."""
     return t.permute(order).reshape(t.shape[0], -1)
 
-
-def reach(branch: Branch, shape) -> tuple:
-    """The entries of a kernel of `shape` that a branch reaches, by its own `view`: (columns, None) where they are the
-    same in every row, else (columns `[O, n]`, rows' own).
-
-    Columns count as in a contiguous row."""
-    W = torch.empty(shape, device="meta")
-    view, L = branch.view(W), W[:1].numel()
-    same = view.shape[0] == W.shape[0] and view.stride(0) == W.stride(0)
-    at = torch.tensor(view.storage_offset(), device="cpu")
-    for n, step in list(zip(view.shape, view.stride()))[same:]:
-        at = at.unsqueeze(-1) + torch.arange(n, device="cpu")*step
-    return (at.flatten(), None) if same else (at.reshape(W.shape[0], -1) % L, True)
-
 # %% ../nbs/01c_engine.ipynb #bcc3b1d8
 def reach(branch: Branch, shape: tuple) -> tuple:
     """The entries of a kernel of `shape` that a branch reaches, by its own `view`: (columns, None) where they are the

@@ -43,7 +43,6 @@ import repopt
 from repopt.lab import checkpoint, records
 from repopt.grad_mult import GradMult, named_branch, rep_branches
 from repopt.models import create_model, initial_scales, merge
-from repopt.contract import param_groups
 from repopt.doctor import check_equivalence
 from repopt.optim import attach, clip_grad_norm_, rep_optimizer
 from repopt.rules import RULES

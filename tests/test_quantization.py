@@ -13,7 +13,6 @@ from repopt import deployment, quantization
 from repopt.lab import int8, records
 from repopt.deployment import chance, export_int8
 from repopt.quantization import QuantizationError, quantize, quantize_aware
-from repopt.lab.int8 import find_run
 
 torch.manual_seed(0)
 IMAGES = torch.rand(64, 3, 32, 32)

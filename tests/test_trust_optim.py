@@ -11,7 +11,6 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook as after_al
                                    register_optimizer_step_pre_hook as before_all)
 
 from repopt.contract import param_groups
-from repopt.doctor import check_equivalence
 from repopt.optim import RepAdam, RepAdamW, RepSGD, attach, rep_optimizer
 from repopt.rules import RULES
 from repopt.grad_mult import GradMult

@@ -7,7 +7,7 @@ __all__ = ['Split', 'generator', 'share', 'Loader', 'TensorLoader', 'FolderLoade
 
 # %% ../../nbs/lab/b_4_batches.ipynb #b4910003
 import bisect, hashlib, os, sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path

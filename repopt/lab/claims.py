@@ -11,8 +11,7 @@ __all__ = ['CLAIMS', 'PROVED', 'NOT_PROVED', 'NOT_RUN', 'RULES', 'PROOFS', 'FIEL
 # %% ../../nbs/lab/m_claims.ipynb #cl02
 import csv, io
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import exp, log, sqrt
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from ..csla import Block, Conv, Identity
 from ..grad_mult import GradMult
 from . import evidence, records
-from .evidence import Cell, choice, made, protocol, search_of, sweep
+from .evidence import choice, made, protocol, search_of, sweep
 from .hyper_search import identity_ratios, photographs
 from .records import command_line, Parser, lookup, unknown, write_atomic
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm, p_value,
@@ -69,9 +68,11 @@ def _small_net() -> tuple:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         conv = lambda c, o: [nn.Conv2d(c, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        net = nn.Sequential(*conv(3, 6), *conv(6, 8), *conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        net = nn.Sequential(*conv(3, 6), *conv(6, 8), *conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, 5))
     vector = lambda n: torch.randn(n, generator=g) + 1
-    scales = Scales({f"{k}.weight": {"conv": vector(n), "conv_1x1": vector(n), **({"identity": torch.ones(n)} if k == 6 else {})}
+    identity = lambda k, n: {"identity": torch.ones(n)} if k == 6 else {}
+    scales = Scales({f"{k}.weight": {"conv": vector(n), "conv_1x1": vector(n), **identity(k, n)}
                      for k, n in ((0, 6), (3, 8), (6, 8))})
     batches = [(torch.randn(16, 3, 8, 8, generator=g), torch.randint(5, (16,), generator=g)) for _ in range(20)]
     return net, scales, batches
@@ -119,10 +120,10 @@ def initialisation() -> tuple:
     return far < 1e-12, f"outputs {far:.0e} apart"
 
 # %% ../../nbs/lab/m_claims.ipynb #cl11
-def _two_linears(same_start: bool = True, same_gradients: bool = True, of=nn.Linear(4, 4, bias=False)) -> float:
+def _two_linears(same_start: bool = True, same_gradients: bool = True) -> float:
     "How far a x·A + b x·B, both trained by SGD, is from one kernel that is trained by Eq. 2, or by half of its rules"
     g = torch.Generator().manual_seed(0)
-    A, B = (torch.randn(of.weight.shape, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    A, B = (torch.randn(4, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
     a, b = 1.5, -.7
     W = ((a*A + b*B) if same_start else A).detach().clone().requires_grad_()
     for _ in range(20):
@@ -162,19 +163,22 @@ def search_cost() -> tuple:
 
 def parameters() -> tuple:
     "Of B1, in training and in inference"
-    with torch.device("meta"): ours, theirs = (count(create_model(n))["params"]/1e6 for n in ("repoptvgg_b1", "repvgg_b1"))
-    return abs(ours - 51.8) < .05 and abs(theirs - 57.4) < .05, f"{ours:.1f} M always, RepVGG {theirs:.1f} M in training"
+    with torch.device("meta"):
+        ours, theirs = (count(create_model(name))["params"]/1e6 for name in ("repoptvgg_b1", "repvgg_b1"))
+    ok = abs(ours - 51.8) < .05 and abs(theirs - 57.4) < .05
+    return ok, f"{ours:.1f} M always, RepVGG {theirs:.1f} M in training"
 
 
 def figure_4() -> tuple:
     "The identity's share of the variance in the last third of the blocks over that in the first, by Fig. 4's nets"
     grows = {k: fmean(r[-5:])/fmean(r[:5]) for k, r in identity_ratios(photographs()).items()}
     resnet, ones, deep = grows.values()
-    return resnet > 1.1 > ones and deep > 1.1, f"grows {resnet:.2f} times in a ResNet, {deep:.2f} from √(2/l), {ones:.2f} from 1"
+    why = f"grows {resnet:.2f} times in a ResNet, {deep:.2f} from √(2/l), {ones:.2f} from 1"
+    return resnet > 1.1 > ones and deep > 1.1, why
 
 
-PROOFS = {f.__name__: f for f in (csla_gr, grad_mult, initialisation, any_linear, other_rules, inference_only, both_rules,
-                                  search_cost, parameters, figure_4)}
+PROOFS = {f.__name__: f for f in (csla_gr, grad_mult, initialisation, any_linear, other_rules, inference_only,
+                                  both_rules, search_cost, parameters, figure_4)}
 
 
 @cache
@@ -198,12 +202,13 @@ class Row:
 
 def pairs(done: dict, setting: str, of: str, over: str) -> dict:
     "{seed: (record of arm `of`, record of arm `over`)} at the rate of each, where both are"
-    found = []
-    for arm in (of, over):
+    def counted(arm):
         at = choice(done, setting, arm)
-        found.append({} if at is None else {c.seed: r for c, r in done.items() if (c.part, c.setting, c.arm, c.lr, c.weight_decay)
-                                            == ("count", setting, arm, *at) and r["status"] == "done"})
-    return {seed: (found[0][seed], found[1][seed]) for seed in sorted(found[0].keys() & found[1].keys())}
+        return {} if at is None else {
+            c.seed: r for c, r in done.items() if r["status"] == "done"
+            and (c.part, c.setting, c.arm, c.lr, c.weight_decay) == ("count", setting, arm, *at)}
+    a, b = counted(of), counted(over)
+    return {seed: (a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())}
 
 
 def margin(done: dict, setting: str) -> float | None:
@@ -220,7 +225,8 @@ def unmoved(done: dict, setting: str, arms) -> str:
     for name in {search_of(setting, arm) for arm in arms} - {None}:
         found = [r["metrics"] for c, r in done.items() if (c.setting, c.part, c.arm) == (setting, "search", name)]
         for k, v in least.items():
-            if found and (mean := fmean(m[k] for m in found)) < v: return f"the scales did not move: {k} {mean:.2f}, below {v}"
+            if found and (mean := fmean(m[k] for m in found)) < v:
+                return f"the scales did not move: {k} {mean:.2f}, below {v}"
     return ""
 
 # %% ../../nbs/lab/m_claims.ipynb #cl17
@@ -238,7 +244,8 @@ def _asked(found, claim, side, setting):
         if not fits or any(lookup(r, k) != v for k, v in want.items()): continue
         seed = lookup(r, "seed") or 0
         if seed in out:
-            raise ValueError(f"claim {claim['id']}: {r['path']} and {out[seed]['path']} answer it both: they are of two settings")
+            raise ValueError(f"claim {claim['id']}: {r['path']} and {out[seed]['path']} answer it both: they are of two "
+                             f"settings")
         out[seed] = r
     return out
 
@@ -261,8 +268,8 @@ def timed(found: list, claim: dict, setting: str) -> Row:
     "A ratio of two timings, each a mean over the rounds of one record"
     of, over = (_asked(found, claim, side, setting).get(0) for side in ("of", "over"))
     if not of or not over: return Row(claim)
-    means, spreads, rounds = zip(*((_metric(r, claim["metric"]), _metric(r, f"{claim['metric']}_std"), r["metrics"]["rounds"])
-                                   for r in (of, over)))
+    name = claim["metric"]
+    means, spreads, rounds = zip(*((r["metrics"][k] for k in (name, f"{name}_std", "rounds")) for r in (of, over)))
     from scipy.stats import t
     mean, half = log(means[0]/means[1]), sqrt(sum((s/m)**2/n for m, s, n in zip(means, spreads, rounds)))
     half *= float(t.ppf(.975, min(rounds) - 1))
@@ -294,14 +301,16 @@ def _compared(claim, setting, done, sensitive):
     if len(both) < 2: return Row(claim)
     if why := unmoved(done, setting, arms): return Row(claim, setting, UNDECIDED, why)
     values = [a["metrics"]["top1"] - b["metrics"]["top1"] for a, b in both.values()]
-    return _row(claim, setting, values, tuple(r["id"] for p in both.values() for r in p), sensitive, margin(done, setting))
+    used = tuple(r["id"] for pair in both.values() for r in pair)
+    return _row(claim, setting, values, used, sensitive, margin(done, setting))
 
 
 def _row(claim, setting, values, used, sensitive, m):
     "The rule on the values"
     if claim["rule"] == "ratio": v = ratio(values, claim.get("paper"))
     elif claim["rule"] == "difference": v = difference(values)
-    elif m is None or m <= 0: v = Verdict(UNDECIDED, "no margin: RepVGG does not lead plain SGD on the choosing pictures")
+    elif m is None or m <= 0:
+        v = Verdict(UNDECIDED, "no margin: RepVGG does not lead plain SGD on the choosing pictures")
     else: v = equality(values, m, sensitive)
     more = seeds_to_decide(v.interval) if v.word == UNDECIDED and claim["rule"] == "difference" and v.interval else None
     return Row(claim, setting, v.word, v.why, v.interval, more, tuple(values), used)
@@ -353,22 +362,23 @@ def line(row: Row) -> dict:
 def summary(rows: list) -> str:
     "The ledger in a sentence or two"
     words = [r.verdict for r in heads(rows)]
-    said = ", ".join(f"{words.count(w)} {w}" for w in (PROVED, SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_RUN) if w in words)
+    order = PROVED, NOT_PROVED, SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_RUN
+    said = ", ".join(f"{words.count(w)} {w}" for w in order if w in words)
     tested = [r for r in heads(rows) if r.claim["rule"] == "difference" and r.values]
     stand = 0
     for g in {r.claim["group"] for r in tested}:
         mine = [r for r in tested if r.claim["group"] == g]
         stand += sum(ok and r.verdict == SUPPORTED for ok, r in zip(holm([p_value(r.values) for r in mine]), mine))
     found = sum(r.verdict == SUPPORTED for r in tested)
-    return (f"Of {len(words)} claims {said}. Of {found} supported differences {stand} survive Holm's correction within their "
-            f"group. Intervals cover seeds, not other pictures.")
+    return (f"Of {len(words)} claims {said}. Of {found} supported differences {stand} survive Holm's correction within "
+            f"their group. Intervals cover seeds, not other pictures.")
 
 
 def to_markdown(rows: list) -> str:
     "`claims.md`"
     out, first = [summary(rows), ""], {id(r) for r in heads(rows)}
     for g in dict.fromkeys(r.claim["group"] for r in rows):
-        out += [f"### {g.capitalize()}", "", "| claim | place | paper | ours | verdict | setting |", "|---|---|---|---|---|---|"]
+        out += [f"### {g.capitalize()}", "", "| claim | place | paper | ours | verdict | setting |", "|" + "---|"*6]
         for r in (r for r in rows if r.claim["group"] == g):
             i, c = r.interval, r.claim
             ours = f"{i.mean:.2f} ({i.low:.2f} to {i.high:.2f}, n={i.n})" if i else ""
@@ -402,7 +412,8 @@ def forest(rows: list):
         ax.plot(i.mean, y, "o", c=COLOURS[r.verdict], ms=5)
         if "paper" in r.claim: ax.plot(r.claim["paper"], y, "|", c="k", ms=11, mew=1.5)
     ax.axvline(0, c=".6", lw=.8, zorder=0)
-    ax.set_yticks(range(len(mine)), [f"{r.claim['of']} − {r.claim['over']}".replace("_", " ") for r in reversed(mine)], fontsize=8)
+    names = [f"{r.claim['of']} − {r.claim['over']}".replace("_", " ") for r in reversed(mine)]
+    ax.set_yticks(range(len(mine)), names, fontsize=8)
     ax.set(xlabel="difference of top-1, points (bar: the paper's, on ImageNet)")
     for word, colour in COLOURS.items(): ax.plot([], [], "o-", c=colour, label=word)
     ax.legend(frameon=False, fontsize=7, loc="best")
@@ -432,6 +443,7 @@ def main(argv=None) -> int:
     p.add_argument("--source", help="folder with runs/ (default: that of --out)")
     a = p.parse_args(argv)
     folder = Path(a.source or a.out)
-    if not (folder/"runs").is_dir(): raise ValueError(f"there is no folder {folder}/runs: name one with --source FOLDER")
+    if not (folder/"runs").is_dir():
+        raise ValueError(f"there is no folder {folder}/runs: name one with --source FOLDER")
     print(summary(write_all(a.out, folder)))
     return 0

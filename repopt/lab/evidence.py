@@ -15,7 +15,6 @@ from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-import numpy as np
 import torch
 import yaml
 from . import records
@@ -144,7 +143,7 @@ def missing(done: dict, setting: str, groups=None) -> list:
     "The cells that can be run now and have no record, in the order in which they are to be made"
     p, out = protocol(setting), []
     for group in groups or p["groups"]:
-        arms, choosing = p["groups"][group], p["choose"]["seeds"]
+        arms = p["groups"][group]
         for arm in arms:
             try: out += _to_choose(done, setting, arm)
             except ValueError: pass                                         # said by `troubles`; the others go on
@@ -185,7 +184,8 @@ def _same_lr(done, setting, arms):
     mine = [arm for arm in arms if p["arms"][arm].get("family", "sgd") == p["same_lr"]["family"]]
     for seed in p["seeds"]:
         for arm in mine:
-            cells = [Cell(setting, "count", arm, seed, lr, d) for lr in p["same_lr"]["lr"] for d in decays(setting, arm)]
+            cells = [Cell(setting, "count", arm, seed, lr, decay)
+                     for lr in p["same_lr"]["lr"] for decay in decays(setting, arm)]
             out += _after_searches(done, setting, arm, cells)
     return out
 
@@ -220,9 +220,9 @@ def found_scales(record: dict, model: str) -> Scales:
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev21
 def make(cell: Cell, out: str, searched: str | None = None, data=None) -> str:
-    """Run a cell and write its record below `out`; the record's path. `searched`: the record of the search that it needs.
+    """Run a cell and write its record below `out`; the record's path.
 
-    A run that does not train leaves a record whose status is failed."""
+    `searched`: the record of the search that it needs. A run that does not train leaves a record whose status is failed."""
     p = protocol(cell.setting)
     pictures = dict(data=p["choose"]["data"]) if cell.choosing else {}
     if cell.part == "search": return _write(cell, run(Recipe.load(cell.arm, **pictures), mode="hs", seed=cell.seed,
@@ -314,7 +314,8 @@ def _say(cell, record, setting, out, groups, count, seconds):
     at = "" if cell.lr is None else f" lr {cell.lr:g}"
     seen = f"top-1 {record['metrics']['top1']:.2f}" if record["status"] == "done" else "did not train"
     left = seconds/count*max(total - len(done), 0)/60
-    print(f"{len(done)} of {total}: {cell.part} {cell.arm}{at} seed {cell.seed}: {seen}, {left:.0f} min left", flush=True)
+    print(f"{len(done)} of {total}: {cell.part} {cell.arm}{at} seed {cell.seed}: {seen}, {left:.0f} min left",
+          flush=True)
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev27
 @command_line

@@ -64,7 +64,8 @@ RECIPES = Path(str(files("repopt")))/"assets"/"recipes"
 _CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AUGMENTS,
                 precision=("fp32", "bf16", "auto"), compile=(True, False, "auto"), channels_last=(True, False, "auto"),
                 scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
-_COUNTS = "epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate test_every".split()
+_COUNTS = ("epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate "
+           "test_every").split()
 _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
                weight_decay=(lambda v: v >= 0, "at least 0"), warmup_epochs=(lambda v: v >= 0, "at least 0"),
                label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -86,7 +87,7 @@ def load_recipe(name, /, **overrides) -> Recipe:
 
 
 def _with_base(path, above=()) -> dict:
-    """What the file `path` says, over what the recipe says that it names as its `base`: a shipped one, or a file beside.
+    """What the file `path` says, over what its `base` says: a recipe that is shipped, or a file beside it.
 
     ValueError for a base that there is not, or a circle of them."""
     values = _read_yaml(path)
@@ -96,7 +97,8 @@ def _with_base(path, above=()) -> dict:
     if not isinstance(base, str) or beside is None:
         raise ValueError(f"recipe {path.stem}: {unknown('base', base, shipped)}")
     if (at := beside.resolve()) in (chain := (*above, path.resolve())):
-        raise ValueError(f"recipe {path.stem}: its base {base} stands on it: {' -> '.join(p.stem for p in (*chain, at))}")
+        names = " -> ".join(p.stem for p in (*chain, at))
+        raise ValueError(f"recipe {path.stem}: its base {base} stands on it: {names}")
     return {**_with_base(beside, chain), **values}
 
 

@@ -102,7 +102,8 @@ def ratio(values: Sequence[float], paper: float | None = None) -> Verdict:
         return Verdict(word, f"{seen} {'holds' if word == UNDECIDED else 'lies on one side of'} 1", shown)
     least, most = paper/sqrt(2), paper*sqrt(2)
     if least < low and high < most: return Verdict(SUPPORTED, f"{seen} lies within {least:.2f} to {most:.2f}", shown)
-    if high < least or low > most: return Verdict(NOT_SUPPORTED, f"{seen} lies outside {least:.2f} to {most:.2f}", shown)
+    if high < least or low > most:
+        return Verdict(NOT_SUPPORTED, f"{seen} lies outside {least:.2f} to {most:.2f}", shown)
     return Verdict(UNDECIDED, f"{seen} crosses an end of {least:.2f} to {most:.2f}", shown)
 
 # %% ../../nbs/lab/k_verdicts.ipynb #vd19
