@@ -9,6 +9,7 @@ __all__ = ['MARKS', 'named_groups', 'param_groups', 'Bound', 'Checked', 'by_bran
 # %% ../nbs/01d_contract.ipynb #6e3231c4
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 import torch
 from torch import Tensor, nn
 from .csla import CSLA
@@ -18,7 +19,7 @@ from .rules import rules_of
 from .scales import Scales, check_fit, own_names
 
 # %% ../nbs/01d_contract.ipynb #9e997fd8
-def named_groups(params) -> list:
+def named_groups(params: Iterable) -> list:
     """`params` as torch takes them, as a list of groups of (name, tensor).
 
     Raises ValueError where names are missing or twice, and for parameters that no Grad Mult fits. TypeError for a
@@ -335,7 +336,7 @@ class RepOptimizer(Stored):
 
     @torch._disable_dynamo                                                    # what pays is compiled inside
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Any:
         """One step. `closure` as in torch: called once, with gradients enabled. Returns what it returns.
 
         Raises ValueError, before anything moves, for options of a group with which the step would not be exact."""

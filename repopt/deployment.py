@@ -10,7 +10,7 @@ import contextlib, math, os
 from collections.abc import Iterable
 from pathlib import Path
 import torch
-from .quantization import Quantized, QuantizationError, _batch, _batches, _quietly
+from .quantization import Quantized, QuantizationError, batch_of, batches_of, quietly
 
 # %% ../nbs/06a_deployment.ipynb #d687b3a8
 def _engine():
@@ -40,7 +40,7 @@ def _write_onnx(graph, x, path):
     Each DequantizeLinear with a zero point of its own, since ONNX Runtime cannot turn int8 weights that share one
     into uint8."""
     import onnx
-    with _quietly(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+    with quietly(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         model = torch.onnx.export(graph, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                                   verbose=False).model_proto
     values, taken = {v.name: v for v in model.graph.initializer}, set()
@@ -97,7 +97,7 @@ def export_int8(model: Quantized, path: str | Path, test: Iterable | None = None
     _check_place(model, path)
     _engine()
     if test is None: batches = [(model.images, None)]
-    else: batches = [_batch(b, labelled=True) for b in _batches(test, "the test set")]
+    else: batches = [batch_of(b, labelled=True) for b in batches_of(test, "the test set")]
     if not sum(len(x) for x, _ in batches):
         raise QuantizationError("the test set is empty: there is nothing to check the file with")
     part = path.with_name(f".{path.name}.{os.getpid()}")

@@ -58,7 +58,7 @@ def _with_branches(net: nn.Module, opt: torch.optim.Optimizer, scales: Mapping) 
 
 # %% ../nbs/01g_doctor.ipynb #e681dac6
 @torch.no_grad()
-def search_distance(model: nn.Module, scales: Mapping, x) -> float | None:
+def search_distance(model: nn.Module, scales: Mapping, x: Tensor) -> float | None:
     """How far the outputs of the search copy of `model` are from its own at equal kernels, relative; None where no copy
     can be made.
 

@@ -7,6 +7,7 @@ __all__ = ['Split', 'Explicit']
 
 # %% ../nbs/01e_explicit.ipynb #53e50559
 from collections.abc import Iterable, Mapping
+from typing import Any
 import torch
 from torch import Tensor, nn
 from .contract import MARKS, RepOptimizer, names_in, unhooked
@@ -58,8 +59,8 @@ class Explicit(Split, torch.optim.Optimizer):
     `rep_optimizer(cls, 'explicit')` makes its subclasses. A kernel's state is {branch: {"theta": …, as in `cls`}}.
     `thetas`, {kernel: {branch: tensor}}: where the branches start; by default the smallest split of each kernel.
     ValueError for sharded kernels, and for groups that come later."""
-    def __init__(self, params, *args, scales: Mapping, plain: Iterable = (), thetas: Mapping | None = None,
-                 **kwargs):
+    def __init__(self, params: Iterable, *args: Any, scales: Mapping, plain: Iterable = (),
+                 thetas: Mapping | None = None, **kwargs: Any):
         groups = self._bind(params, scales, plain)
         if any(hasattr(p, "placements") for g in groups for _, p in g["params"]):
             raise ValueError(f"{type(self).__name__}: explicit branches need whole kernels, and these are sharded: "
@@ -74,7 +75,7 @@ class Explicit(Split, torch.optim.Optimizer):
         params = [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self.thetas else [p])]
         return {**{k: v for k, v in group.items() if k not in MARKS}, "params": params}
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict) -> None:
         if len(self.param_groups) >= len(self.inner.param_groups):
             raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is "
                              "built")
@@ -105,13 +106,13 @@ class Explicit(Split, torch.optim.Optimizer):
             if branches is None: self.state[p] = own.get(p, {})
             else: self.state[p] = {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         "torch's, each kernel's state by branch; and the scales by name"
         self._mirror()
         return super().state_dict()
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         "As of every RepOptimizer; also what versions before this kept apart, as `inner` and `thetas`"
         if isinstance(state_dict, Mapping) and {"inner", "thetas"} <= {*state_dict}: state_dict = _joined(state_dict)
         super().load_state_dict(state_dict)

@@ -106,8 +106,8 @@ def test_a_broken_cell_in_the_laboratory_is_a_failure(tmp_path):
 
 LINES, FUNCTION, COLUMNS = 400, 40, 120
 WAITS = {
-    "modules": {"optim", "quantization", "lab.data", "lab.speed", "lab.records"},
-    "functions": {"optim.check_equivalence", "lab.speed.arguments", "lab.speed.jobs", "lab.training._loop",
+    "modules": {"lab.records", "lab.training"},
+    "functions": {"lab.training._loop",
                   "lab.runs.run"},
     "private": {"lab.int8", "lab.cli", "lab.runs"},
     "untyped": {"optim", "rules", "terms", "engine", "quantization", "lab.data", "lab.speed", "lab.timing",

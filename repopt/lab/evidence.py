@@ -8,7 +8,7 @@ __all__ = ['PROTOCOL', 'EDGE', 'protocol', 'search_of', 'digest', 'Cell', 'made'
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev02
 import hashlib, json, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -47,7 +47,8 @@ def digest(setting: str, arm: str) -> str:
     """Of all that the protocol and its recipes say about the runs of one arm, or of one search by its recipe's name.
 
     What two records must share to be of one experiment."""
-    p, recipes = protocol(setting), [arm]
+    p = protocol(setting)
+    recipes: list[str | None] = [arm]
     said = {k: p[k] for k in ("choose", "grids", "same_lr")}
     if arm in p["arms"]:
         said |= dict(arm=p["arms"][arm])
@@ -76,7 +77,7 @@ def made(found: list) -> dict:
     """{Cell: record} of the records that the protocol made, failed runs too.
 
     ValueError for two records of one cell, or one that followed another protocol than today's."""
-    out = {}
+    out: dict[Cell, dict] = {}
     for r in found:
         if "cell" not in r["where"]: continue
         cell = Cell(**r["where"]["cell"])
@@ -101,7 +102,7 @@ def next_rates(accuracy: dict, grid: list) -> list:
     if missing := [k for k in grid if k not in accuracy]: return missing
     halves = {k: a for k, a in accuracy.items() if k % 2 == 0 and a is not None}
     if not halves: raise ValueError("it trains at no learning rate that was tried")
-    best = max(halves, key=halves.get)
+    best = max(halves, key=halves.__getitem__)
     if beyond := [k for k in (best - 2, best + 2) if k not in accuracy and EDGE[0] <= k <= EDGE[1]]: return beyond
     if best in EDGE: raise ValueError(f"its best learning rate, {rate(best):g}, is at the edge of all that is tried")
     return [k for k in (best - 1, best + 1) if k not in accuracy]
@@ -111,7 +112,8 @@ def sweep(done: dict, setting: str, arm: str, decay: float | None) -> dict:
     """{k: mean top-1 over the choosing seeds} of what has been tried whole.
 
     None for a rate at which one of them did not train."""
-    by_rate, seeds = {}, protocol(setting)["choose"]["seeds"]
+    by_rate: dict[float, dict] = {}
+    seeds = protocol(setting)["choose"]["seeds"]
     for c, r in done.items():
         if (c.setting, c.part, c.arm, c.weight_decay) == (setting, "choose", arm, decay):
             by_rate.setdefault(c.lr, {})[c.seed] = r["metrics"].get("top1")
@@ -139,7 +141,7 @@ def choice(done: dict, setting: str, arm: str) -> tuple | None:
     return rate(k), decay
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev16
-def missing(done: dict, setting: str, groups=None) -> list:
+def missing(done: dict, setting: str, groups: list[str] | None = None) -> list[Cell]:
     "The cells that can be run now and have no record, in the order in which they are to be made"
     p, out = protocol(setting), []
     for group in groups or p["groups"]:
@@ -211,7 +213,7 @@ def moved(found: Scales, start: Scales) -> dict:
 
 def found_scales(record: dict, model: str) -> Scales:
     "The scales in the arrays beside the record of a search"
-    nested = {}
+    nested: dict[str, dict] = {}
     for key, v in records.arrays(record).items():
         parameter, slash, branch = key.partition("/")
         if slash: nested.setdefault(parameter, {})[branch] = v
@@ -219,10 +221,11 @@ def found_scales(record: dict, model: str) -> Scales:
                   arch=model, recipe=record["asked"]["recipe"]["name"], seed=record["asked"]["seed"])
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev21
-def make(cell: Cell, out: str, searched: str | None = None, data=None) -> str:
+def make(cell: Cell, out: str, searched: str | None = None, data: str | None = None) -> str:
     """Run a cell and write its record below `out`; the record's path.
 
-    `searched`: the record of the search that it needs. A run that does not train leaves a record whose status is failed."""
+    `searched`: the record of the search that it needs. A run that does not train leaves a record whose status is
+    failed."""
     p = protocol(cell.setting)
     pictures = dict(data=p["choose"]["data"]) if cell.choosing else {}
     if cell.part == "search": return _write(cell, run(Recipe.load(cell.arm, **pictures), mode="hs", seed=cell.seed,
@@ -233,7 +236,7 @@ def make(cell: Cell, out: str, searched: str | None = None, data=None) -> str:
     scales = None
     if searched: scales = found_scales(records.load(searched), recipe.model)
     elif "scales" in arm: scales = initial_scales(recipe.model, arm["scales"])
-    if arm.get("averaged"): scales = scales.map(lambda s: s.mean().expand_as(s).clone())
+    if scales and arm.get("averaged"): scales = scales.map(lambda s: s.mean().expand_as(s).clone())
     asked = dict(optimizer=arm["optimizer"], scales=scales, reinitialize=arm.get("reinitialize"), seed=cell.seed)
     try: return _write(cell, run(recipe, data=data, quiet=True, **asked), out)
     except TrainingError as e: return _write_failed(cell, recipe, asked, str(e), out)
@@ -261,7 +264,7 @@ def _write_failed(cell, recipe, asked, why, out):
     return str(records.write(_marked(record, cell), out))
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev26
-def planned(done: dict, setting: str, groups=None) -> int:
+def planned(done: dict, setting: str, groups: list[str] | None = None) -> int:
     "How many runs the protocol asks for in all, as far as it can be known: a grid that grows has more"
     p, groups = protocol(setting), groups or protocol(setting)["groups"]
     total, searches = 0, set()
@@ -284,10 +287,11 @@ def troubles(done: dict, setting: str) -> dict:
     return out
 
 
-def make_all(setting: str = "fashion", out="figures", groups=None, jobs: int = 2, most: int | None = None,
-             data=None) -> int:
+def make_all(setting: str = "fashion", out: str | Path = "figures", groups: list[str] | None = None, jobs: int = 2,
+             most: int | None = None, data: str | None = None) -> int:
     "Make what is missing, `jobs` at a time, at most `most` runs; how many were made. Records go below `out`."
-    began, count, at_work = time.time(), 0, {}
+    began, count = time.time(), 0
+    at_work: dict[Future, Cell] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while True:
             done = made(records.load_all(out))
@@ -319,7 +323,7 @@ def _say(cell, record, setting, out, groups, count, seconds):
 
 # %% ../../nbs/lab/l_evidence.ipynb #ev27
 @command_line
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     "Make the runs that the protocol asks for and that have no record below --out. Returns the exit code."
     p = Parser(prog="python -m repopt evidence", description="Make the runs behind the ledger of claims.")
     p.add_argument("--setting", default="fashion", help="of assets/protocol.yaml (default: fashion)")
