@@ -18,7 +18,6 @@ from .engine import first_row, local_rows, unmoved
 from .explicit import Explicit
 from .grad_mult import GradMult
 from .rules import REFUSED, RULES, Lion
-from .scales import Scales
 
 # %% ../nbs/01f_optim.ipynb #2ab22221
 def times_(m: GradMult, t: Tensor) -> Tensor:

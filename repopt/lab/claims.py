@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from . import evidence, records
 from .evidence import choice, made, protocol, search_of, sweep
-from .proofs import PROOFS, prove
+from .proofs import prove
 from .records import command_line, Parser, lookup, unknown, write_atomic
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm,
                                  p_value, ratio, seeds_to_decide)
@@ -78,9 +78,9 @@ def pairs(done: dict, setting: str, of: str, over: str) -> dict:
 
 def margin(done: dict, setting: str) -> float | None:
     "Half of RepVGG's lead over plain SGD on the choosing pictures, each at its rate; None while it is not known"
-    best = [max((a for a in sweep(done, setting, arm, None).values() if a is not None), default=None)
-            for arm in ("repvgg", "plain")]
-    if None in best or any(choice(done, setting, arm) is None for arm in ("repvgg", "plain")): return None
+    arms = "repvgg", "plain"
+    if any(choice(done, setting, arm) is None for arm in arms): return None
+    best = [max(a for a in sweep(done, setting, arm, None).values() if a is not None) for arm in arms]
     return (best[0] - best[1])/2
 
 
