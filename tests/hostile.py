@@ -408,7 +408,7 @@ BAD = table("""
     scale_init | zeros | null
     init | xavier | null
     identity | none | null
-    optimizer | rmsprop | null | 3
+    optimizer | lion | null | 3
     model | resnet50 | repoptvgg | repoptvgg_z9 | null | 7
     data | null | 5""")
 
