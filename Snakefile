@@ -43,7 +43,7 @@ def hold():
 if workflow.is_main_process and not workflow.dryrun: LOCK = hold()
 FLOORS = ("published csla grad_mult scales rules engine contract explicit optim doctor models repghost search __main__ "
           "lab/records lab/pictures lab/packed lab/augment lab/batches lab/data lab/checkpoint lab/distributed "
-          "lab/recipes lab/training lab/runs lab/timing lab/memory lab/plan lab/cli lab/plots").split()
+          "lab/recipes lab/training lab/loop lab/runs lab/timing lab/memory lab/plan lab/cli lab/plots").split()
 
 
 def modules(*names): return [f"repopt/{n}.py" for n in (*FLOORS, *names)]

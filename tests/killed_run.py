@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from repopt.lab import cli, runs, training
+from repopt.lab import cli, loop, runs
 
 FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def marked(name, says):
-    "Let `training.<name>` say `says` in $PHASE while it lasts"
-    f, phase = getattr(training, name), Path(os.environ["PHASE"])
+    "Let `loop.<name>` say `says` in $PHASE while it lasts"
+    f, phase = getattr(loop, name), Path(os.environ["PHASE"])
 
     @wraps(f)
     def said(*a, **k):
@@ -23,17 +23,17 @@ def marked(name, says):
         try: return f(*a, **k)
         finally:
             if FIRST: phase.write_text("training")
-    setattr(training, name, said)
+    setattr(loop, name, said)
 
 
 def keep_momentum():
     "Leave the optimizer's last state in $PHASE.optimizer: the package does not keep it"
-    loop = training._loop
+    train = loop.Making.train
 
-    def kept(folder, asked, recipe, model, opt, *a):
-        loop(folder, asked, recipe, model, opt, *a)
-        if FIRST: torch.save(opt.state_dict(), os.environ["PHASE"] + ".optimizer")
-    training._loop = kept
+    def kept(self):
+        train(self)
+        if FIRST: torch.save(self.opt.state_dict(), os.environ["PHASE"] + ".optimizer")
+    loop.Making.train = kept
 
 
 class Double(nn.Module):
@@ -52,5 +52,5 @@ if __name__ == "__main__":
         marked("evaluate", "evaluating")
         marked("train_step", "training")
         keep_momentum()
-    if os.environ.get("NET") == "plain": training.build_model = runs.build_model = plain_net
+    if os.environ.get("NET") == "plain": loop.build_model = runs.build_model = plain_net
     sys.exit(cli.train())

@@ -249,13 +249,13 @@ def test_a_disk_that_fills_at_the_end_loses_nothing(build, monkeypatch, capsys, 
     def full(*a, **k): raise OSError(28, "No space left on device")
     torch.set_num_threads(1)
     with monkeypatch.context() as m:
-        m.setattr(training.records, "where", full)                           # the last thing that a record needs
+        m.setattr(records, "where", full)                           # the last thing that a record needs
         assert cli.train(["--recipe", "digits", "--set", "epochs=1"]) == 1
         err = capsys.readouterr().err
         assert "could not be written" in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out",
                       str(tmp_path/"out")]) == 0 and records.load_all(tmp_path/"out")
     with monkeypatch.context() as m:
-        m.setattr(training.records, "write", full)
+        m.setattr(records, "write", full)
         assert cli.train(["--recipe", "digits", "--set", "epochs=1", "--out",
                           str(tmp_path/"more")]) == 1 and "The run is kept in" in capsys.readouterr().err

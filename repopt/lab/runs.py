@@ -21,7 +21,8 @@ from .data import load_data
 from .distributed import die_with_parent, joined, launch, launched
 from ..scales import Scales
 from .recipes import Recipe, RECIPES, _must_be, _plain, resolve
-from .training import OPTIMIZERS, TrainingError, build_model, _make
+from .loop import make
+from .training import OPTIMIZERS, TrainingError, build_model
 
 # %% ../../nbs/lab/g_runs.ipynb #312510f0
 @dataclass
@@ -84,10 +85,7 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
     name, optimizer = model or recipe.model, optimizer or recipe.optimizer
     save_seconds = _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes,
                              broken)
-    if os.environ.get("RANK", "0") == "0":
-        writable(build_folder()/"runs", "REPOPT_BUILD" if os.environ.get("REPOPT_BUILD")
-                 else "the folder of runs (REPOPT_BUILD)")
-        if out: writable(Path(out)/"runs", "--out")
+    _writable(out)
     reinitialize = scales is not None if reinitialize is None else reinitialize
     if gpus*nodes > 1 and "WORLD_SIZE" not in os.environ:
         return _in_processes(arguments(recipe, name, mode, optimizer, scales, seed, data, out, resume, reinitialize,
@@ -102,19 +100,35 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
                      reinitialize=reinitialize, seed=seed,
                      data=dict(name=loaded.name, sha256=loaded.sha256, channels=loaded.channels), format=records.FORMAT,
                      **({"processes": world.size} if world.size > 1 else {}))
-        folder = build_folder()/"runs"/records.run_id(asked)
-        if not (folder/"record.json").exists(): _takes(recipe, name, mode, loaded.channels)
-        with _locked(folder) if world.first else contextlib.nullcontext():
-            if world.first and not resume: _empty(folder)
-            if not world.from_first((folder/"record.json").exists()):
-                _make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
-            done = Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
-        if out and world.first:
-            try: records.write(done.record, out, done.arrays)
-            except OSError as e:
-                raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run "
-                                    f"is kept in {folder}: call again") from None
+        done = _once(asked, recipe, scales, loaded, device, world, resume, save_seconds, quiet)
+        if out and world.first: _leave(done, out)
     return done
+
+
+def _writable(out) -> None:
+    "ValueError where the first process could not write its run, or its record to `out`"
+    if os.environ.get("RANK", "0") != "0": return
+    named = "REPOPT_BUILD" if os.environ.get("REPOPT_BUILD") else "the folder of runs (REPOPT_BUILD)"
+    writable(build_folder()/"runs", named)
+    if out: writable(Path(out)/"runs", "--out")
+
+
+def _once(asked, recipe, scales, loaded, device, world, resume, save_seconds, quiet) -> Run:
+    "The run that was asked for, found finished or made"
+    folder = build_folder()/"runs"/records.run_id(asked)
+    if not (folder/"record.json").exists(): _takes(recipe, asked["model"], asked["mode"], loaded.channels)
+    with _locked(folder) if world.first else contextlib.nullcontext():
+        if world.first and not resume: _empty(folder)
+        if not world.from_first((folder/"record.json").exists()):
+            make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
+        return Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
+
+
+def _leave(done, out) -> None:
+    try: records.write(done.record, out, done.arrays)
+    except OSError as e:
+        raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run "
+                            f"is kept in {done.folder}: call again") from None
 
 
 def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken) -> float:
