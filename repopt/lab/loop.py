@@ -40,7 +40,7 @@ class Making:
         self.model.to(device)
         self.opt = make_optimizer(asked["optimizer"], self.model, recipe, scales)
         self.mean, self.move = averaging(self.model, recipe.ema_decay)
-        self.state = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
+        self.state: dict[str, Any] = dict(epoch=0, index=0, loss=[0.]*world.size, epochs=[], means=[], seconds=0.)
         many = f", {world.size} processes" if world.size > 1 else ""
         what = " ".join(str(asked[k]) for k in ("model", "mode", "optimizer", "scales_from") if asked[k])
         self.log = _Progress(f"{what}, {recipe.name}, seed {asked['seed']}{many}", recipe.epochs,
@@ -203,7 +203,8 @@ def end_epoch(self: Making, epoch: int, loss: torch.Tensor) -> None:
     best = max((e.get("top1", -1) for e in self.state["epochs"]), default=-1)
     self.state["epochs"].append(row)
     if self.asked["mode"] == "hs": self.state["means"].append(scale_means(self.mean))
-    if world.first and test.get("top1", -1) > best: _write_weights(self.mean, self.folder/"best.safetensors", last=False)
+    if world.first and test.get("top1", -1) > best:
+        _write_weights(self.mean, self.folder/"best.safetensors", last=False)
     self.state.update(index=0, loss=[0.]*world.size, seconds=time.time() - self.began)
     self.log(epoch + 1, row["train_loss"], self.state["seconds"], test.get("top1"))
 
