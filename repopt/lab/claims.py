@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'PROVED', 'NOT_PROVED', 'NOT_RUN', 'RULES', 'FIELDS', 'COLOURS', 'claims', 'settings', 'Row', 'pairs',
            'margin', 'unmoved', 'measured', 'timed', 'judge', 'ledger', 'heads', 'line', 'summary', 'to_markdown',
-           'to_csv', 'forest', 'write_all', 'main']
+           'to_csv', 'forest', 'write', 'write_all', 'main']
 
 # %% ../../nbs/lab/m_claims.ipynb #cl02
 import csv, io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from math import exp, log, sqrt
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from . import evidence, records
 from .evidence import choice, made, protocol, search_of, sweep
+from .plots import save, style
 from .proofs import prove
 from .records import command_line, Parser, lookup, unknown, write_atomic
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm,
@@ -167,7 +168,9 @@ def _compared(claim, setting, done, sensitive):
     if why := unmoved(done, setting, arms): return Row(claim, setting, UNDECIDED, why)
     values = [a["metrics"]["top1"] - b["metrics"]["top1"] for a, b in both.values()]
     used = tuple(r["id"] for pair in both.values() for r in pair)
-    return _row(claim, setting, values, used, sensitive, margin(done, setting))
+    row, asked = _row(claim, setting, values, used, sensitive, margin(done, setting)), protocol(setting)["seeds"]
+    if len(both) == len(asked): return row
+    return replace(row, verdict=UNDECIDED, why=f"{len(both)} of {len(asked)} seeds so far", seeds=None)
 
 
 def _row(claim, setting, values, used, sensitive, m):
@@ -247,7 +250,8 @@ def to_markdown(rows: list) -> str:
         for r in (r for r in rows if r.claim["group"] == g):
             i, c = r.interval, r.claim
             ours = f"{i.mean:.2f} ({i.low:.2f} to {i.high:.2f}, n={i.n})" if i else ""
-            more = f" ({r.seeds} seeds would decide)" if r.seeds else f": {r.why}" if r.why and not i else ""
+            why = f": {r.why}" if r.why and (not i or "so far" in r.why) else ""
+            more = f" ({r.seeds} seeds would decide)" if r.seeds else why
             word = f"**{r.verdict}**" if r.verdict not in (NOT_RUN, UNDECIDED) and id(r) in first else r.verdict
             paper = f"{c['paper']:.2f}" if "paper" in c and id(r) in first else ""
             out.append(f"| {c['says'] if id(r) in first else ''} | {c['place']} | {paper} | {ours} | {word}{more} | "
@@ -266,6 +270,7 @@ def to_csv(rows: list) -> str:
 # %% ../../nbs/lab/m_claims.ipynb #cl26
 COLOURS = {SUPPORTED: "#0072B2", NOT_SUPPORTED: "#D55E00", UNDECIDED: "#999999"}
 
+@style()
 def forest(rows: list) -> Any:
     "The differences of accuracy, in points: ours with its interval, coloured by verdict, and the paper's as a mark"
     import matplotlib.pyplot as plt
@@ -286,17 +291,18 @@ def forest(rows: list) -> Any:
     return fig
 
 
-def write_all(out: str | Path = "figures", source: str | Path | None = None) -> list[Row]:
-    "Write claims.md, claims.csv, claims.svg and claims.png below `out` from the records in `source`; the rows."
-    import matplotlib.pyplot as plt
-    rows, out = ledger(records.load_all(source or out)), Path(out)
+def write(rows: list, out: str | Path = "figures") -> None:
+    "Write claims.md, claims.csv, claims.svg and claims.png below `out`"
+    out = Path(out)
     write_atomic(out/"claims.md", to_markdown(rows).encode())
     write_atomic(out/"claims.csv", to_csv(rows).encode())
-    fig = forest(rows)
-    with plt.rc_context({"svg.hashsalt": "repopt", "svg.fonttype": "none"}):
-        fig.savefig(out/"claims.svg", metadata={"Date": None}, bbox_inches="tight")
-        fig.savefig(out/"claims.png", dpi=110, metadata={"Software": None}, bbox_inches="tight")
-    plt.close(fig)
+    save(forest(rows), out/"claims")
+
+
+def write_all(out: str | Path = "figures", source: str | Path | None = None) -> list[Row]:
+    "The ledger of the records in `source` (default: `out`), written below `out`; its rows."
+    rows = ledger(records.load_all(source or out))
+    write(rows, out)
     return rows
 
 

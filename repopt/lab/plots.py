@@ -20,7 +20,9 @@ ARMS = {"plain": "#333333", "RepVGG": "#e07b00", "RepOpt-VGG": "#0072b2", "√(2
         "averaged": "#8b1a6b", "initialisation only": "#d65f7a", "gradients only": "#6a51e8", "CSLA": "#20a090",
         "adaptive optimizers": "#8a6a10"}
 # other words for the same arms
-_SAME = {"plain SGD": "plain", "repvgg": "RepVGG", "searched": "RepOpt-VGG", "sqrt2l": "√(2/l)", "ones": "all 1"}
+_SAME = {"plain SGD": "plain", "repvgg": "RepVGG", "searched": "RepOpt-VGG", "sqrt2l": "√(2/l)", "ones": "all 1",
+         "all_1": "all 1", "initialization_only": "initialisation only", "gradients_only": "gradients only",
+         "repadamw": "RepOpt-VGG", **dict.fromkeys(("rmsprop", "adam", "adamw", "adafactor"), "adaptive optimizers")}
 
 
 def arm(name: str) -> str:
