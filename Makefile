@@ -2,6 +2,7 @@
 # make lint        ruff and mypy on the package, the tests and profiles/: nothing is run, nothing is written
 # make test-slow   plays the slow kinds of tests/hostile.py; kills runs twenty times each, in one process and in two, and leaves records
 # make reproduce   runs the argument of the paper on digits, five seeds (or SEEDS=2), and writes figures/
+# make evidence    makes the runs behind the ledger of claims that have no record yet, and the ledger; it may be stopped at any time
 # make bench       what a RepOptimizer's step costs over torch's own, on this machine
 # make notebooks   executes every notebook in place, cleans it, and writes README.md from index.ipynb
 # make lab         opens JupyterLab on the notebooks
@@ -20,7 +21,7 @@ RUN    := $(BIN)/python
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup lint test test-slow reproduce bench notebooks lab clean
+.PHONY: setup lint test test-slow reproduce evidence bench notebooks lab clean
 
 setup: $(READY)
 
@@ -47,6 +48,10 @@ test-slow: $(READY)
 reproduce: $(READY)
 	exec env $(ONE_THREAD) $(RUN) profiles/tied.py $(RUN) -m snakemake --profile profiles/local --cores $(JOBS) \
 	    --config seeds=$(SEEDS) $(if $(EPOCHS),epochs=$(EPOCHS))
+
+evidence: $(READY)
+	$(ONE_THREAD) $(RUN) -m repopt evidence --out figures --jobs $(JOBS)
+	$(ONE_THREAD) $(RUN) -m repopt claims --out figures
 
 bench: $(READY)
 	$(RUN) -m repopt speed --optimizers --models b1,l2 --out figures

@@ -103,11 +103,16 @@ def _metric(record, path):
 
 
 def _asked(found, claim, side, setting):
-    "{seed: record} of one side of a claim about other experiments in one setting. ValueError for two of one seed."
+    """{seed: record} of one side of a claim about other experiments in one setting, of one making.
+
+    A CPU of another kind finds other scales: where records of several stand side by side, those of the one with most
+    of them are taken. ValueError for two of one seed."""
     want, out = claim[side], {}
-    for r in found:
-        fits = r["experiment"] == claim["experiment"] and r["status"] == "done" and lookup(r, "recipe__name") == setting
-        if not fits or any(lookup(r, k) != v for k, v in want.items()): continue
+    fits = [r for r in found if r["experiment"] == claim["experiment"] and r["status"] == "done"
+            and lookup(r, "recipe__name") == setting and all(lookup(r, k) == v for k, v in want.items())]
+    machines = [r["where"].get("hardware") for r in fits]
+    first = max(sorted(set(machines), key=str), key=machines.count, default=None)
+    for r in (r for r in fits if r["where"].get("hardware") == first):
         seed = lookup(r, "seed") or 0
         if seed in out:
             raise ValueError(f"claim {claim['id']}: {r['path']} and {out[seed]['path']} answer it both: they are of "
@@ -151,9 +156,11 @@ def judge(claim: dict, setting: str, found: list, done: dict, sensitive: bool = 
         ok, why = prove(claim["id"])
         return Row(claim, "as in the paper", PROVED if ok else NOT_PROVED, why)
     if "of" not in claim: return Row(claim, why=f"waits for {claim['waits']}")
-    if claim.get("spread") == "rounds": return timed(found, claim, setting)
     if isinstance(claim["of"], str): return _compared(claim, setting, done, sensitive)
-    values, used = measured(found, claim, setting)
+    try:
+        if claim.get("spread") == "rounds": return timed(found, claim, setting)
+        values, used = measured(found, claim, setting)
+    except ValueError as e: return Row(claim, setting, UNDECIDED, str(e))
     if len(values) < 2: return Row(claim, why=f"waits for {claim['waits']}" if "waits" in claim else "")
     return _row(claim, setting, values, used, sensitive or "margin" in claim, claim.get("margin"))
 
