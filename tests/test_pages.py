@@ -142,6 +142,12 @@ def test_reproduce_refuses_numbers_that_mean_nothing(clone, asked):
     assert "Traceback" not in r.stderr
 
 
+def words(process):
+    "Its command line; nothing of one that has gone meanwhile"
+    try: return process.cmdline()
+    except psutil.Error: return []
+
+
 @contextlib.contextmanager
 def reproducing(clone):
     "make reproduce and all processes behind it, once a notebook's kernel runs"
@@ -149,7 +155,7 @@ def reproducing(clone):
                          stderr=subprocess.PIPE)
     family, deadline = [], time.time() + 60
     try:
-        while not any("ipykernel_launcher" in " ".join(q.cmdline()) for q in family):
+        while not any("ipykernel_launcher" in " ".join(words(q)) for q in family):
             assert p.poll() is None and time.time() < deadline, p.stderr.read()
             time.sleep(.1)
             with contextlib.suppress(psutil.Error):
@@ -167,9 +173,9 @@ def test_reproduce_in_a_folder_of_any_name_and_after_any_kill(clone):
         with reproducing(clone) as family:
             beside = do("make", "-s", "reproduce", cwd=clone)
             assert beside.returncode == 2 and "error: another call is at work" in beside.stderr
-            next(q for q in family if killed in q.cmdline()).send_signal(signal.SIGKILL)
+            next(q for q in family if killed in words(q)).send_signal(signal.SIGKILL)
             left = psutil.wait_procs(family[1:], timeout=20)[1]
-            assert not left, [q.cmdline() for q in left]
+            assert not left, [words(q) for q in left]
     (clone/"figures/wait").unlink()
     r = do("make", "reproduce", "SEEDS=2", cwd=clone)
     assert r.returncode == 0 and "5 of 5 steps (100%) done" in r.stdout + r.stderr, r.stderr
