@@ -108,9 +108,9 @@ LINES, FUNCTION, COLUMNS = 400, 40, 120
 WAITS = {
     "modules": set(),
     "functions": set(),
-    "private": {"lab.int8", "lab.cli", "lab.runs"},
+    "private": set(),
     "untyped": {"optim", "rules", "terms", "engine", "quantization", "lab.data", "lab.speed", "lab.timing",
-                "lab.memory", "lab.plots", "lab.recipes", "lab.training", "lab.runs", "lab.cli"},
+                "lab.memory", "lab.plots", "lab.training", "lab.runs", "lab.cli"},
     "figures": {"models.draw_block", "models.figure1", "models.figure2", "lab.int8.plot_layers", "lab.int8.figure3",
                 "lab.int8.figure5", "lab.hyper_search.figure4", "lab.hyper_search.plot_blocks",
                 "lab.hyper_search.plot_epochs"}}

@@ -135,7 +135,7 @@ def test_a_file_is_judged_by_pairs_and_by_logits(tmp_path, monkeypatch):
         mine, theirs = logits.clone(), logits*factor
         mine[:won, 1], theirs[n - lost:, 1] = 1.01, 1.01
         monkeypatch.setattr(quantization.Quantized, "forward", lambda self, x: mine)
-        monkeypatch.setattr(deployment, "_session", lambda path, threads=None: lambda x: theirs.numpy())
+        monkeypatch.setattr(deployment, "onnx_session", lambda path, threads=None: lambda x: theirs.numpy())
         return export_int8(q, tmp_path/"net.onnx", [(torch.rand(n, 3, 32, 32), labels)])
     for good in (dict(lost=2), dict(won=2), dict(lost=1, won=1)):
         found = judged(**good)

@@ -18,7 +18,7 @@ from .data import data_root
 from ..models import known
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
 from ..scales import Scales, load_scales, read_scales
-from .recipes import Recipe, _kinds, _parsed
+from .recipes import Recipe, kinds_of_keys, parse_yaml
 from .training import OPTIMIZERS, evaluate_weights, FOREIGN
 from .runs import run
 
@@ -98,13 +98,13 @@ def _overrides(words) -> dict:
     """{key: value} of the KEY=VALUE that --set was given.
 
     ValueError for what is none, or given twice, or nothing where a value must be."""
-    over, kinds = {}, _kinds()
+    over, kinds = {}, kinds_of_keys()
     for word in words:
         k, eq, text = word.partition("=")
         if not eq: raise ValueError(f"--set wants KEY=VALUE, not {word!r}")
         if k in over: raise ValueError(f"--set {k} is given twice")
         if k not in kinds: raise ValueError(f"--set {word}: {unknown('key', k, kinds)}")
-        over[k] = text if k == "strides" and "," in text else _parsed(text, f"--set {word}")
+        over[k] = text if k == "strides" and "," in text else parse_yaml(text, f"--set {word}")
         if over[k] is None and ("None" not in kinds[k] or not text.strip()):
             raise ValueError(f"--set {word}: {k} must have a value")
     return over

@@ -26,8 +26,8 @@ from .timing import interleaved, quartiles
 from .recipes import Recipe, resolve
 from .runs import Run, build_folder, finished
 from .training import evaluate, load_weights
-from ..deployment import _engine, _session, _write_onnx
-from ..quantization import (QuantizationError, _quantizer, calibration, quantize, int8_weights, sqnr, deployed,
+from ..deployment import onnx_engine, onnx_session, write_onnx
+from ..quantization import (QuantizationError, make_quantizer, calibration, quantize, int8_weights, sqnr, deployed,
                                  tune, quantize_aware)
 
 # %% ../../nbs/lab/i_int8.ipynb #76910d99
@@ -318,13 +318,13 @@ def int8_speed(model: str = "repoptvgg_b1", size: int = 64, batch: int = 8, repe
                out: Path | str | None = None) -> dict:
     """Time of fp32 over time of INT8 in ONNX Runtime: returns (and with `out` writes) an `int8` record, with median and
     quartiles of `repeats` interleaved ratios."""
-    ort, start, net = _engine(), time.time(), deployed(create_model(model))
+    ort, start, net = onnx_engine(), time.time(), deployed(create_model(model))
     x = torch.randn(max(batch, 32), 3, size, size)
     q = quantize(net, x)
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{folder}/fp32.onnx", f"{folder}/int8.onnx"]
-        for g, f in zip((net, q.graph), files): _write_onnx(g, x, f)
-        fp32, int8 = interleaved([partial(_session(f), x[:batch].numpy()) for f in files], repeats, warmup=3).T
+        for g, f in zip((net, q.graph), files): write_onnx(g, x, f)
+        fp32, int8 = interleaved([partial(onnx_session(f), x[:batch].numpy()) for f in files], repeats, warmup=3).T
     middle, (low, high) = quartiles(fp32/int8)
     metrics = dict(ratio=middle, ratio_low=low, ratio_high=high, ms_fp32=quartiles(fp32)[0], ms_int8=quartiles(int8)[0])
     record = records.make_record("int8",
@@ -373,7 +373,7 @@ def main(argv: list | None = None) -> int:
         raise QuantizationError(f"--qat-epochs {a.qat_epochs}, --qat-batches {a.qat_batches}, --qat-rate {a.qat_rate}, "
                                 f"--size {a.size}: none may be negative, and only the first may be 0")
     if a.out: records.writable(Path(a.out)/"runs", "--out")
-    _quantizer("per_channel")  # a package that is missing is said before anything is trained
+    make_quantizer("per_channel")  # a package that is missing is said before anything is trained
     for r in [find_run(i) for i in a.runs]: _quantize_run(r, a)
     for m in a.speed:
         for batch in (1, 8, 32):

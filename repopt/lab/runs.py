@@ -20,7 +20,7 @@ from .records import compiler_cache, unknown, writable
 from .data import load_data
 from .distributed import die_with_parent, joined, launch, launched
 from ..scales import Scales
-from .recipes import Recipe, RECIPES, _must_be, _plain, resolve
+from .recipes import Recipe, RECIPES, must_be, as_lists, resolve
 from .loop import make
 from .training import OPTIMIZERS, TrainingError, build_model
 
@@ -138,7 +138,7 @@ def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_
         raise ValueError(f"scales must be Scales, not {type(scales).__name__}: load_scales(name), Scales.load(file), "
                          "or Scales.initial(model)")
     for k, v, allowed in (("mode", mode, ("target", "csla", "hs")), ("broken", broken, ("skip", "refuse"))):
-        if v not in allowed: raise ValueError(_must_be(k, v, allowed))
+        if v not in allowed: raise ValueError(must_be(k, v, allowed))
     for k, n, least in (("seed", seed, 0), ("gpus", gpus, 1), ("nodes", nodes, 1)):
         if isinstance(n, bool) or not isinstance(n, int) or n < least:
             raise ValueError(f"{k}={n!r} must be a whole number, at least {least}")
@@ -211,7 +211,7 @@ def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None,
 def _recipe_file(recipe):
     "The name of a shipped recipe, or a file with this one"
     if (RECIPES/f"{recipe.name}.yaml").exists(): return recipe.name
-    text = yaml.safe_dump({k: v for k, v in _plain(asdict(recipe)).items() if k != "name"})
+    text = yaml.safe_dump({k: v for k, v in as_lists(asdict(recipe)).items() if k != "name"})
     return records.write_atomic(build_folder()/"recipes"/f"{recipe.name}.yaml", text.encode())
 
 
