@@ -49,7 +49,7 @@ def _ordered(params) -> None:
         raise TypeError("parameters must be in an ordered collection, not a set, whose order differs "
                         "from one process to the next: pass a list")
 
-
+# %% ../nbs/01d_contract.ipynb #d9c5c647
 def _steppable(named: list) -> None:
     "ValueError for (name, parameter) pairs that come twice, or that no Grad Mult fits"
     if any("_fsdp_wrapped_module." in n for n, _ in named):
@@ -85,7 +85,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.) -> list:
 # %% ../nbs/01d_contract.ipynb #a6c0e47e
 MARKS = ("scales_sha256", "made_by")                                         # what a group says of its optimizer
 
-
+# %% ../nbs/01d_contract.ipynb #6380eef0
 class Bound(Engine):
     "Scales joined to parameters by name, and each kernel's Grad Mult"
     torch_class: type | None = None
@@ -199,7 +199,7 @@ class Checked(Bound):
         warnings.warn(f"{len(quiet)} kernels with scales got no gradient, the first is {quiet[0]}: unused, or "
                       "replaced after the optimizer was built?")
 
-
+# %% ../nbs/01d_contract.ipynb #5b4a45a9
 def by_branch(state: Mapping) -> bool:
     "Is this state of a parameter {branch: state}?"
     return any(isinstance(v, Mapping) for v in state.values())
@@ -215,7 +215,7 @@ def names_in(group: Mapping) -> list:
                          "param_names): it cannot be joined to ours by name")
     return list(names)
 
-
+# %% ../nbs/01d_contract.ipynb #83c41574
 def by_name(state_dict: Mapping, ours: list, scales: Mapping) -> dict:
     """`state_dict` with its groups and parameters in the order of our groups `ours`.
 
@@ -245,7 +245,7 @@ def by_name(state_dict: Mapping, ours: list, scales: Mapping) -> dict:
 _LATER = {"maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad",
           "nesterov", "eps_form"}  # an old state_dict may lack these
 
-
+# %% ../nbs/01d_contract.ipynb #3d1a3c6c
 class Stored(Checked):
     "What is read of a state_dict, and refused"
     def _checked(self, state_dict) -> dict:

@@ -122,14 +122,14 @@ class Shared(Branch):
                          "element-wise Grad Mult exists. Give it a parameter per entry, or train with explicit "
                          "branches.")
 
-
+# %% ../nbs/00_csla.ipynb #9149c470
 class ScalarIdentity(Shared):
     "An identity with one trainable scalar for all channels."
     def check(self, op: nn.Module) -> None: Identity().check(op)
     def theta_shape(self, W: Tensor) -> torch.Size: return torch.Size([])
     def embed(self, theta: Tensor, W: Tensor) -> Tensor: return Identity().embed(theta.expand(W.shape[0]), W)
 
-
+# %% ../nbs/00_csla.ipynb #2aa84710
 class AvgPool(Shared):
     "Average pooling over the whole kernel with a trainable scale per channel."
     def check(self, op: nn.Module) -> None: Depthwise().check(op)
@@ -150,7 +150,7 @@ def apply_kernel(op: nn.Module, x: Tensor, W: Tensor, bias: Tensor | None = None
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[W.ndim]
     return conv(x, W, bias, stride, pad, op.dilation, groups or op.groups)
 
-
+# %% ../nbs/00_csla.ipynb #15e6d16e
 def _seen(x, pad, stride):
     """The pixels of `x` that a kernel of one entry sees: of the same sum, with stride 1.
 
@@ -234,7 +234,7 @@ def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Te
     return _SumOfBranches.apply(tuple(branches.values()), W.shape, *(scales[n] for n in branches),
                                 *(thetas[n] for n in branches))
 
-
+# %% ../nbs/00_csla.ipynb #b983da6b
 def real(name: str, value: object) -> Tensor:
     "The scale `value` as a tensor. ValueError for text, objects, booleans and complex numbers."
     try: v = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
@@ -244,14 +244,14 @@ def real(name: str, value: object) -> Tensor:
         raise ValueError(f"scale {name!r} is {str(v.dtype).removeprefix('torch.')}, and should be real numbers")
     return v
 
-
+# %% ../nbs/00_csla.ipynb #60f11213
 def is_module(model: object) -> nn.Module:
     "`model`, if it is a Module. ValueError otherwise."
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model must be a torch Module, not {type(model).__name__}")
     return model
 
-
+# %% ../nbs/00_csla.ipynb #a686cd98
 def _scale(name, value, W):
     "`value` as a tensor of W's dtype, checked: scalar or one per output channel, finite."
     v = real(name, value).to(W.dtype)

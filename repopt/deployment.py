@@ -24,7 +24,7 @@ def onnx_engine() -> Any:
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
-
+# %% ../nbs/06a_deployment.ipynb #257eb863
 def onnx_session(path: Path | str, threads: int | None = None) -> Callable:
     "`x -> logits` of an ONNX file, on numpy arrays"
     ort = onnx_engine()
@@ -62,7 +62,7 @@ def chance(better: int, worse: int) -> float:
     n = better + worse
     return sum(math.comb(n, k) for k in range(better + 1))/2**n
 
-
+# %% ../nbs/06a_deployment.ipynb #9f5f121e
 @torch.no_grad()
 def _compare(model, file, batches):
     "What `export_int8` returns of a file and of the model it was made from"

@@ -98,7 +98,7 @@ def _nudged(net: nn.Module, by: float) -> nn.Module:
         p.data.add_(by*p.data.abs()*torch.randn(p.shape, generator=g, dtype=p.dtype, device="cpu").to(p.device))
     return net
 
-
+# %% ../nbs/01g_doctor.ipynb #b795cb40
 def _kernels_after(start, scales, make, batches, loss, nudge) -> dict:
     "{kernel: its value} after the optimizer of `make(net)` has trained a copy of `start` on the batches"
     net = _nudged(start, nudge)
@@ -119,7 +119,7 @@ def _kernels_after(start, scales, make, batches, loss, nudge) -> dict:
         out[raw] = getattr(net.get_submodule(path), name).detach()
     return out
 
-
+# %% ../nbs/01g_doctor.ipynb #862a7b21
 def _far(a: dict, b: dict) -> dict:
     "Relative distances of kernels"
     return {n: ((a[n] - b[n]).norm()/b[n].norm().clamp(min=torch.finfo(b[n].dtype).tiny)).item() for n in b}
@@ -167,12 +167,12 @@ def _pairs(batches, steps) -> list:
         if not all(t.isfinite().all() for t in b): raise ValueError(f"batch {i} holds values that are not finite")
     return [tuple(t.double() if t.is_floating_point() else t for t in b) for b in out]
 
-
+# %% ../nbs/01g_doctor.ipynb #97312dc1
 def _worst(distances) -> float:
     "The largest; nan counts as infinite"
     return max(d if d == d else float("inf") for d in distances)
 
-
+# %% ../nbs/01g_doctor.ipynb #fc5fcf84
 def _judged(deviation, yardstick, search, branches_finite, ours_finite) -> dict:
     "The dict that `check_equivalence` returns"
     worst, limit = _worst(deviation.values()), max(10*yardstick, 1e-12)

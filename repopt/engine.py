@@ -29,7 +29,7 @@ def memory_order(p: Tensor) -> tuple:
     raise ValueError(f"a kernel with shape {tuple(p.shape)} and strides {p.stride()} has no flat view, row by row: "
                      f"call .contiguous() on it first")
 
-
+# %% ../nbs/01c_engine.ipynb #3d7a71d3
 def flat(t: Tensor, order: tuple) -> Tensor:
     """`t` as `[O, L]` in the memory order of its kernel: a view of a tensor that has that order, a copy of one that has
     not."""
@@ -116,7 +116,7 @@ def local_rows(t: Tensor) -> Tensor:
     "The rows of a tensor that this process holds: of an FSDP2 parameter its shard, of any other all"
     return t.to_local() if hasattr(t, "to_local") else t
 
-
+# %% ../nbs/01c_engine.ipynb #643d60ae
 def first_row(p: Tensor) -> int:
     "The place of this process's first row in an FSDP2 parameter; ValueError if it is cut along anything but its rows"
     if not hasattr(p, "placements"): return 0
@@ -135,7 +135,7 @@ def grad_mult_for(p: Tensor, scales: Mapping, degree: int = 1) -> GradMult:
     m.beyond = None if beyond is None else beyond.to(p.device)
     return m
 
-
+# %% ../nbs/01c_engine.ipynb #9c118740
 def unmoved(m: GradMult, p: Tensor) -> Tensor | None:
     "`m.beyond`, the entries that no branch moves; of an FSDP2 parameter for the rows that this process holds"
     if m.beyond is None or not hasattr(p, "placements"): return m.beyond
@@ -179,7 +179,7 @@ ONE_PASS = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000,
 def _update_all(kernel, P, G, S, T, k, flags):
     for p, g, s, terms in zip(P, G, S, T): kernel(p, g, s, k, flags, terms)
 
-
+# %% ../nbs/01c_engine.ipynb #a9b40aae
 def _blocks(p, g, s, terms, entries=1 << 16):
     "The same kernel in blocks of rows that a cache holds"
     n = max(1, entries//p[0].numel())
@@ -187,7 +187,7 @@ def _blocks(p, g, s, terms, entries=1 << 16):
     return [(p[at], g[at], {k: v[at] for k, v in s.items()}, [t.rows(at) for t in terms]) for lo in range(0, len(p), n)
             for at in [slice(lo, lo + n)]]
 
-
+# %% ../nbs/01c_engine.ipynb #3fefc74b
 def _code_copy(f):
     """`f` with a code object of its own: torch counts recompilations by code object, and one optimizer's must not use
     up another's."""

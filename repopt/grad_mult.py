@@ -25,7 +25,7 @@ def named_branch(name: str) -> Branch:
     raise ValueError(f"unknown branch {name!r}: known are conv, conv_<height>x<width>, depthwise, "
                      f"depthwise_<height>x<width> and identity")
 
-
+# %% ../nbs/01_grad_mult.ipynb #4f169359
 def constants(scales: Mapping[str, Tensor]) -> dict:
     """What multiplies each branch in the CSLA block: its scale.
 

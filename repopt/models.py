@@ -29,13 +29,14 @@ class Shape:
     @property
     def stem(self) -> int: return min(64, self.widths[0])
 
-
+# %% ../nbs/02_models.ipynb #70d99179
 def _shapes():
     d = dict(A=(2, 4, 14, 1), B=(4, 6, 16, 1), L=(8, 14, 24, 1))
     w = dict(A0=(.75, .75, .75, 2.5), A1=(1, 1, 1, 2.5), A2=(1.5, 1.5, 1.5, 2.75), B0=(1, 1, 1, 2.5), B1=(2, 2, 2, 4),
              B2=(2.5, 2.5, 2.5, 5), B3=(3, 3, 3, 5), L1=(2, 2, 2, 4), L2=(2.5, 2.5, 2.5, 5))
     out = {n.lower(): Shape(d[n[0]], tuple(int(c*m) for c, m in zip((64, 128, 256, 512), ms))) for n, ms in w.items()}
     return out | dict(digits=Shape(d["B"], (16, 16, 32, 32), (1, 1, 2, 2, 1)))
+
 
 SHAPES = _shapes()
 
@@ -181,7 +182,7 @@ def to_branches(model: nn.Module, scales: Scales, trainable: bool = False, **kwa
         setattr(model.get_submodule(parent), child, CSLA(b, trainable=trainable, **kwargs))
     return model
 
-
+# %% ../nbs/02_models.ipynb #34c37fea
 def merge(model: nn.Module) -> nn.Module:
     "A copy of a CSLA or Hyper-Search model in which every block is the single conv with its equivalent kernel."
     model = deepcopy(is_module(model))
@@ -218,10 +219,10 @@ def known(name: str, mode: str = "target") -> tuple[str, str]:
                          f"{family.replace('rep', 'repopt')}_*")
     return family, size
 
-
+# %% ../nbs/02_models.ipynb #6475c38b
 def _whole(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
-
+# %% ../nbs/02_models.ipynb #05828fa2
 def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_chans: int = 3,
                  strides: Sequence[int] | None = None, se: bool = False, init: str = "msra",
                  scales: Scales | str | None = None, folded: bool = True) -> Net:
@@ -249,7 +250,7 @@ def create_model(name: str, mode: str = "target", num_classes: int = 1000, in_ch
     return to_branches(model, scales, trainable=mode == "hs", folded=folded, init=init,
                        device=torch.get_default_device())
 
-
+# %% ../nbs/02_models.ipynb #56bff1b3
 def initial_scales(name: str, how: str = "sqrt2l") -> Scales:
     """The scales with which a search on a model begins ('ones' or 'sqrt2l'), by its name; it need not be built.
 

@@ -27,14 +27,14 @@ def times_(m: GradMult, t: Tensor) -> Tensor:
     local.mul_(m.dense()[first:first + len(local)])
     return t
 
-
+# %% ../nbs/01f_optim.ipynb #e6dece27
 def _multiplied(m: GradMult, p: Tensor) -> Tensor:
     "The product of a Grad Mult and `p`'s gradient, a new tensor"
     if p.grad.layout != torch.strided:
         raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
     return times_(m, p.grad.clone())
 
-
+# %% ../nbs/01f_optim.ipynb #6ef4a915
 def multiply_grads(pairs: Iterable) -> Callable:
     """Replace the gradient of every (GradMult, parameter) by its product.
 
@@ -145,7 +145,7 @@ def _init_of(cls: type, base: type) -> Callable:
     __init__.__signature__ = Signature([me, *shown])
     return __init__
 
-
+# %% ../nbs/01f_optim.ipynb #70c1d36d
 def _reduce(self, _): return _rebuild, (self.torch_class, self.way), self.__getstate__()
 
 # %% ../nbs/01f_optim.ipynb #16c550fd
@@ -161,7 +161,7 @@ _DOC = """`{0}` for parameters with scales: {1}.
 
         opt = Rep{0}(param_groups(model), lr=.1, scales=scales)"""
 
-
+# %% ../nbs/01f_optim.ipynb #3f1be36b
 @lru_cache(maxsize=None)
 def _made(cls: type, rule: str | None, known) -> type:
     "The class of `rep_optimizer`, made once for each rule that was registered for `cls`"
@@ -202,7 +202,7 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
                          f"rule=None")
     return _made(cls, rule or None, known)
 
-
+# %% ../nbs/01f_optim.ipynb #e84d355e
 def _rebuild(cls, rule):
     c = _attached(cls) if rule == "attached" else rep_optimizer(cls, rule)
     return c.__new__(c)
@@ -214,6 +214,8 @@ RepAdam, RepAdamW = rep_optimizer(torch.optim.Adam), rep_optimizer(torch.optim.A
 RepNAdam, RepRAdam = rep_optimizer(torch.optim.NAdam), rep_optimizer(torch.optim.RAdam)
 RepRMSprop, RepAdagrad = rep_optimizer(torch.optim.RMSprop), rep_optimizer(torch.optim.Adagrad)
 RepRprop, RepLion = rep_optimizer(torch.optim.Rprop), rep_optimizer(Lion)
+
+# %% ../nbs/01f_optim.ipynb #6f5dada7
 RepAdamax, RepAdadelta = rep_optimizer(torch.optim.Adamax), rep_optimizer(torch.optim.Adadelta)
 _Lion = Lion                                                                   # its name in older pickles
 
@@ -250,8 +252,7 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_
     torch._foreach_mul_([local_rows(g) for _, g in pairs], factor)
     return norm
 
-
-
+# %% ../nbs/01f_optim.ipynb #076a25d1
 def _norm2(m: GradMult | None, g: Tensor) -> Tensor:
     "Σ M g², M = 1 without a Grad Mult; of a sharded gradient over all shards"
     if not hasattr(g, "placements"): return g.square().sum() if m is None else m.norm2(g)
@@ -305,7 +306,7 @@ class _Attached(RepOptimizer):
             local_rows(grads[i]).copy_(torch.where(unmoved(m, p), decay*local_rows(p), local_rows(grads[i])))
         return out
 
-
+# %% ../nbs/01f_optim.ipynb #cc1bf9d5
 @lru_cache(maxsize=None)
 def _attached(cls):
     doc = f"`{cls.__name__}` to which `attach` gave scales."

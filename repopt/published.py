@@ -34,7 +34,7 @@ def examine(path: Path | str) -> Path:
                                  "Where it was made, save the tensors alone: torch.save(model.state_dict(), FILE)")
     return path
 
-
+# %% ../nbs/01_published.ipynb #9cdd28ce
 def _is_code(name): return re.search(r"(?i)(^|/)(code/|constants\.pkl$)", name)
 
 
@@ -57,6 +57,7 @@ class Ignored:
 _PLAIN = dict(collections=["OrderedDict"], builtins=["set", "frozenset", "complex", "bytearray"],
               **{"torch._utils": ["_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"]})
 
+# %% ../nbs/01_published.ipynb #8589fc87
 class _Tensors(pickle.Unpickler):
     "Makes tensors and plain containers; anything else is `Ignored`"
     def find_class(self, module, name):
@@ -64,7 +65,7 @@ class _Tensors(pickle.Unpickler):
         if name in _PLAIN.get(module, []) or module == "torch" and kind: return super().find_class(module, name)
         return Ignored
 
-
+# %% ../nbs/01_published.ipynb #b935607a
 def read(path: Path | str) -> object:
     "What the file `path` holds (.pth, .pt, .safetensors), nothing of it run. ValueError where it cannot be read."
     path = examine(path)
@@ -75,7 +76,7 @@ def read(path: Path | str) -> object:
     try: return torch.load(path, map_location="cpu", weights_only=False, pickle_module=only)
     except Exception as e: raise ValueError(_damaged(path, e)) from None     # a damaged pickle can fail in any way
 
-
+# %% ../nbs/01_published.ipynb #94071879
 def _damaged(path, e):
     why = (str(e) or type(e).__name__).splitlines()[0]
     return f"{path} cannot be read: it is damaged, or no file of tensors ({why}). Copy or download it again"
@@ -102,7 +103,7 @@ def weights(path: Path | str) -> dict[str, Tensor]:
                          "Take the checkpoint of another epoch, or the net before it was quantized")
     return tensors
 
-
+# %% ../nbs/01_published.ipynb #3d9deae8
 def _no_weight(name, v):
     "Why the tensor `v` can be no weight; None where it can"
     if name.endswith("num_batches_tracked"): return None
@@ -118,6 +119,7 @@ _GHOST = ((r"^conv_stem\.", "stem.0."), (r"^bn1\.", "stem.1."), (r"\.primary_con
           (r"\.se\.conv_expand\.", ".se.fc2."), (r"^blocks\.9\.0\.conv\.", "last.0."),
           (r"^blocks\.9\.0\.bn1\.", "last.1."), (r"^conv_head\.", "head."), (r"^classifier\.", "linear."))
 
+# %% ../nbs/01_published.ipynb #5ff9d56f
 LAYOUTS = {  # whose: (mark, rules)
     "RepOpt-VGG's csla and hs": (r"\.scale_conv\.weight$",
                                  ((r"(?<!se)\.conv\.weight$", ".conv.theta_conv"),
@@ -148,11 +150,12 @@ LAYOUTS = {  # whose: (mark, rules)
                                               (r"\.cheap_operation\.(?=weight|bias)", ".conv."), *_GHOST)),
 }
 
+# %% ../nbs/01_published.ipynb #41ed64d8
 def layout(names: Iterable[str]) -> str:
     "Whose names these are: one of LAYOUTS, '' for any other."
     return next((whose for whose, (mark, _) in LAYOUTS.items() if any(re.search(mark, n) for n in names)), "")
 
-
+# %% ../nbs/01_published.ipynb #a9e514ec
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the names that the nets here give them; those of no known layout stay.
 
@@ -191,7 +194,7 @@ def load_into(net: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     net.load_state_dict(fit, strict=False)
     return net
 
-
+# %% ../nbs/01_published.ipynb #6885086e
 def _completed(have, want):
     """`have`, with what a net that wants `want` has beside it: constants of identities.
 
@@ -202,7 +205,7 @@ def _completed(have, want):
                    else {k: v})
     return out
 
-
+# %% ../nbs/01_published.ipynb #7c101a2e
 def _norm_of_bias(name, bias):
     "A batch norm that adds `bias` in eval mode and does no more"
     one = torch.ones_like(bias)
@@ -217,7 +220,7 @@ def unknown(what: str, name: object, names: Iterable) -> str:
     there = f", did you mean {near!r}? There" if near else ": there"
     return f"unknown {what} {str(name)!r}{there} are {', '.join(names)}"
 
-
+# %% ../nbs/01_published.ipynb #7e4c2d17
 def nearest(name: object, names: Iterable) -> str:
     "The one of `names` that `name` was probably meant to be, whatever its capitals and hyphens; '' where there is none"
     plain = {str(n).lower().replace("-", "_"): str(n) for n in names}

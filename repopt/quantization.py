@@ -109,7 +109,7 @@ def check_weights(model: nn.Module, what: str = "the model") -> None:
 # %% ../nbs/06_quantization.ipynb #6a960003
 def _is_float(x): return isinstance(x, Tensor) and x.is_floating_point()
 
-
+# %% ../nbs/06_quantization.ipynb #475a28da
 def batch_of(batch: Any, labelled: bool = False) -> tuple:
     """(images in float32, labels or None) of a batch: a tensor, (images, labels, …), or a dict that holds one
     floating-point tensor, and one of integers with a label an image."""
@@ -142,7 +142,7 @@ def batches_of(loader: Any, what: str) -> Any:
                                 f"{type(loader).__name__}")
     return loader
 
-
+# %% ../nbs/06_quantization.ipynb #f4120374
 def calibration(loader: Iterable, images: int = 512, labelled: bool = False) -> list:
     """The first `images` images of `loader`, which has labels or may have, as a list of batches on the CPU.
 
@@ -215,7 +215,7 @@ def _check_same(want, have, how):
 
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-
+# %% ../nbs/06_quantization.ipynb #e03845a1
 def _operation(node):
     "'conv2d' for a node that calls aten.conv2d.default, '' for one that calls no operator of torch"
     return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
@@ -232,7 +232,7 @@ def _without_inplace(graph):
         n.args[0].replace_all_uses_with(n, lambda user, n=n: place[user] > place[n])
     graph.recompile()
 
-
+# %% ../nbs/06_quantization.ipynb #52bed446
 def _keep_other_norms(graph):
     """Keep those batch norms in floating point that follow no conv of their own, under a name by which torchao does not
     search them a conv (for half a minute)"""

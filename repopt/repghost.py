@@ -21,7 +21,7 @@ def norm(conv: nn.Conv2d, relu: bool = False) -> nn.Sequential:
     "`conv`, batch norm and, where asked for, ReLU"
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), *[nn.ReLU(inplace=True)]*relu)
 
-
+# %% ../nbs/02a_repghost.ipynb #cd0c8a89
 class GhostModule(nn.Module):
     """1×1 conv with batch norm, depthwise 3×3 `conv` with batch norm.
 
@@ -58,7 +58,7 @@ def channels(c: float) -> int:
     n = max(4, int(c + 2)//4*4)
     return n + 4 if n < .9*c else n
 
-
+# %% ../nbs/02a_repghost.ipynb #f050e2d8
 class Bottleneck(nn.Module):
     "cin → hidden → cout channels by two RepGhost modules; `kernel`: size of the strided convs"
     def __init__(self, cin: int, hidden: int, cout: int, kernel: int, stride: int, gated: bool, fusion: bool,
@@ -84,7 +84,7 @@ GROUPS = (((3, 8, 16, False, 1),),
           ((5, 336, 160, True, 2),), ((5, 480, 160, False, 1), (5, 480, 160, True, 1), (5, 480, 160, False, 1),
                                       (5, 480, 160, True, 1)))
 
-
+# %% ../nbs/02a_repghost.ipynb #a8c73915
 class GhostNet(Net):
     "RepGhostNet (`fusion`) or RepOpt-GhostNet at `width`; `strides`: of the stem and of the four groups that shrink."
     def __init__(self, width: float, fusion: bool, num_classes: int = 1000, in_chans: int = 3,
@@ -144,6 +144,7 @@ class GhostNet(Net):
 SIZES = {f"{round(100*w):03d}": (w, (2, 2, 2, 2, 2))
          for w in (.5, .58, .8, 1., 1.11, 1.3, 1.5, 2.)} | dict(digits=(.5, (1, 1, 2, 2, 1)))
 
+
 def _ghost(fusion):
     def make(size, num_classes, in_chans, strides, se, arch, device):
         if se: raise ValueError(f"{arch} has its gates where RepGhostNet has them; there is no variant with se=True")
@@ -151,4 +152,5 @@ def _ghost(fusion):
         return GhostNet(width, fusion, num_classes, in_chans, strides or own, arch, device)
     return make
 
+# %% ../nbs/02a_repghost.ipynb #064842bd
 FAMILIES |= dict(repoptghostnet=Family(_ghost(False), SIZES), repghostnet=Family(_ghost(True), SIZES, MODES[:1]))

@@ -33,7 +33,7 @@ class Term(NamedTuple):
     def to(self, device):
         return self._replace(alpha=self.alpha.to(device), mask=None if self.mask is None else self.mask.to(device))
 
-
+# %% ../nbs/01b_rules.ipynb #8f99fd8b
 def combine(terms, fn: Callable) -> Tensor:
     "Σ fn(|α|) over the branches, each where it reaches"
     return sum(t.only(fn(t.alpha)) for t in terms)
@@ -80,7 +80,7 @@ class Rule:
 # %% ../nbs/01b_rules.ipynb #cd2d51f0
 RULES = {}                                                                    # torch's class -> its Rule
 
-
+# %% ../nbs/01b_rules.ipynb #06f796c6
 def register_rule(*classes: type) -> Callable:
     """Decorator of a `Rule`: the rule that these torch optimizer `classes` follow. Another one replaces it.
 
@@ -99,7 +99,7 @@ def register_rule(*classes: type) -> Callable:
         return rule
     return add
 
-
+# %% ../nbs/01b_rules.ipynb #e598f9a5
 def rules_of(cls: type) -> list:
     "The rules of `cls` and of the classes that it is made of"
     return [rule for c, rule in RULES.items() if issubclass(cls, c)]
@@ -152,7 +152,7 @@ def per_branch(terms: list, n: Tensor, r: Tensor, eps, one_division: bool = Fals
         num, den = num*d + t.only(t.alpha*t.alpha)*den, den*d
     return n*(num/den)
 
-
+# %% ../nbs/01b_rules.ipynb #7c48f55e
 def moments(G: Tensor, S: dict, k: dict) -> tuple:
     "Adam's running means of the gradient and of its square, moved on in place"
     return (S["exp_avg"].add_(k["w1"]*(G - S["exp_avg"])), S["exp_avg_sq"].mul_(k["b2"]).add_(k["w2"]*G*G))

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from .csla import CSLA, equivalent_kernel, init_, is_module, real
 from .grad_mult import GradMult, named_branch, rep_branches
+
+# %% ../nbs/01a_scales.ipynb #0c99e045
 from .published import examine, read
 
 # %% ../nbs/01a_scales.ipynb #a756729e
@@ -104,7 +106,7 @@ def strip_prefix(name: str) -> str:
     `own_names` says whose it is."""
     return re.sub(r"(^|\.)((module|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)+", r"\1", name)
 
-
+# %% ../nbs/01a_scales.ipynb #e53dba24
 def unwrapped(names: Iterable[str]) -> dict:
     """{name: the same without wrappers' prefixes}. torch's private ones are taken off anywhere, `module.` where every
     name begins with it.
@@ -116,7 +118,7 @@ def unwrapped(names: Iterable[str]) -> dict:
     _distinct(own)
     return own
 
-
+# %% ../nbs/01a_scales.ipynb #c7294824
 def own_names(names: Collection[str], scales: Collection[str]) -> dict:
     """{parameter's name: its name in `scales`, or where it has none there, the name without wrappers' prefixes}.
 
@@ -138,7 +140,7 @@ def own_names(names: Collection[str], scales: Collection[str]) -> dict:
     _distinct(joined)
     return {n: found.get(n) or joined.get(n) or bare[n] for n in names}
 
-
+# %% ../nbs/01a_scales.ipynb #d45c73e9
 def _distinct(own):
     "ValueError where two names of {name: what it becomes} become one"
     of = {}
@@ -152,11 +154,11 @@ def natural(name: str) -> list:
     "Sort key under which block 2 comes before block 10"
     return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
-
+# %% ../nbs/01a_scales.ipynb #b207452a
 def _order(name):
     return (("conv", "conv_1x1", "identity").index(name) if name in ("conv", "conv_1x1", "identity") else 1.5, name)
 
-
+# %% ../nbs/01a_scales.ipynb #994e4821
 def _nested(mapping):
     "ValueError unless `mapping` is {text: {text: …}}"
     def wrong(x):
@@ -166,12 +168,12 @@ def _nested(mapping):
     if found: raise ValueError(f"scales must be Scales or a mapping {{parameter: {{branch: tensor}}}}, not {found}: "
                                "load_scales(name), Scales.load(file), Scales.initial(model), or the scales of a search")
 
-
+# %% ../nbs/01a_scales.ipynb #5cb29179
 def _vector(name, s):
     s = real(name, s).cpu()
     return s.contiguous().clone() if s.dtype in (torch.float32, torch.float64) else s.float().contiguous()
 
-
+# %% ../nbs/01a_scales.ipynb #2c5a5494
 def _problems(parameter, branches):
     "What is wrong with the scales of one parameter, a line each"
     if not branches: yield f"{parameter}: no branches"
@@ -185,7 +187,7 @@ def _problems(parameter, branches):
         yield f"{parameter}: branches of different lengths " + ", ".join(
             f"{n} {tuple(s.shape)}" for n, s in branches.items())
 
-
+# %% ../nbs/01a_scales.ipynb #433dbe48
 def _raise(what, problems):
     if problems: raise ValueError(f"{what}:\n  " + "\n  ".join(problems))
 
@@ -197,7 +199,7 @@ def named_in(name: str, plain: str | Iterable[str]) -> bool:
     names = {name, strip_prefix(name), re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", name)}
     return any(g in names or any(fnmatch(n, g) for n in names) for g in ([plain] if isinstance(plain, str) else plain))
 
-
+# %% ../nbs/01a_scales.ipynb #fe7e4a74
 def check_fit(scales: Mapping, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
               plain: str | Iterable[str] = ()) -> None:
     """Raise ValueError unless `scales` and the parameters (name, tensor) fit.
@@ -219,7 +221,7 @@ def check_fit(scales: Mapping, named_tensors: Mapping[str, Tensor] | Iterable[tu
     arch = getattr(scales, "arch", "")
     _raise(f"the scales{f' of {arch}' if arch else ''} do not fit the model", problems)
 
-
+# %% ../nbs/01a_scales.ipynb #54f05558
 def _prefix(missing, names):
     "What to say where all of `missing` are parameters of the model but for one prefix"
     first = min(missing)
@@ -275,7 +277,7 @@ def reinitialize_(self: Scales, model: nn.Module, generator: torch.Generator | N
         _put(W, equivalent_kernel(maps, scales, thetas, whole))
     return model
 
-
+# %% ../nbs/01a_scales.ipynb #8755908f
 def _put(W, value) -> None:
     """Write `value` into the parameter `W`.
 
@@ -331,6 +333,7 @@ def _load(path: Path | str) -> Scales:
 _RELEASED = {"scale_conv": "conv", "scale_1x1": "conv_1x1", "scale_identity": "identity", "cheap_operation.1": "conv",
              "fusion_scale": "identity"}
 
+# %% ../nbs/01a_scales.ipynb #1e85baef
 def from_released(path: Path | str, arch: str = "") -> Scales:
     """The authors' RepOpt-VGG or RepOpt-GhostNet scales: their `*scales.pth`, or a checkpoint of their Hyper-Search.
 
@@ -350,7 +353,7 @@ def from_released(path: Path | str, arch: str = "") -> Scales:
     try: return Scales({p: out[p] for p in sorted(out, key=natural)}, arch=arch, recipe="released")
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
-
+# %% ../nbs/01a_scales.ipynb #f1ab335a
 def _no_search(out, others):
     "What in a file of `out`, scales, and `others` shows that it is no checkpoint of a Hyper-Search"
     kernels = {k.replace("cheap_operation.0", "conv") for k in others

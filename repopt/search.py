@@ -40,7 +40,7 @@ def eligible(model: nn.Module, plain: Collection[str] = ()) -> tuple[dict, dict]
                          + "".join(f"\n  {n}: {w}" for n, w in left.items()))
     return convs, left
 
-
+# %% ../nbs/02b_search.ipynb #a8082949
 def _why_not(m, parameter, plain):
     "None where the block's forward, a plain convolution with zero padding, is all that `m` does"
     if any(fnmatch(parameter, g) for g in plain): return "named in plain"
@@ -79,7 +79,7 @@ def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain: Collection[st
                       + "".join(f"\n  {n}: {why}" for n, why in told.items()), stacklevel=2)
     return hs
 
-
+# %% ../nbs/02b_search.ipynb #a99027a4
 def _kernels_without_scales(model, scales, left) -> dict:
     """{parameter: why it has no scales}, by the names that the optimizer will see: those of a parametrized conv, and
     4-d parameters that belong to no conv."""

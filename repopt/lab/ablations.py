@@ -22,7 +22,7 @@ def sweeps(done: dict, setting: str, arms: Iterable[str]) -> dict:
                 out[a, d] = tried
     return out
 
-
+# %% ../../nbs/05b_ablations.ipynb #1cad20bd
 def plot_sweeps(ax: Any, curves: dict, title: str = "") -> None:
     "A curve for each of `sweeps`, its best point filled"
     for k, ((a, d), tried) in enumerate(curves.items()):
@@ -40,7 +40,7 @@ def counted(done: dict, setting: str, arm: str, at: tuple | None = None) -> dict
                                   if r["status"] == "done" and (c.setting, c.part, c.arm, c.lr, c.weight_decay)
                                   == (setting, "count", arm, *at)}
 
-
+# %% ../../nbs/05b_ablations.ipynb #22216125
 def over(a: dict, b: dict) -> Interval | None:
     "The interval of a - b over the seeds that both have; None for fewer than two"
     both = sorted(a.keys() & b.keys())

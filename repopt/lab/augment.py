@@ -56,7 +56,7 @@ def _cutout(x, level):
     x.paste((125, 122, 113), (max(0, i - half), max(0, j - half), min(x.width, i + half), min(x.height, j + half)))
     return x
 
-
+# %% ../../nbs/lab/b_3_augment.ipynb #9c5238f7
 def _of_values() -> dict:
     "The operations of `raug_ops` on the values of pixels"
     from PIL import ImageOps
@@ -87,8 +87,14 @@ def _warp(x, *matrix):
 
 
 def _shear_x(x, level): return _warp(x, 1, _signed(.03*level), 0, 0, 1, 0)
+
+# %% ../../nbs/lab/b_3_augment.ipynb #494cbc45
 def _shear_y(x, level): return _warp(x, 1, 0, 0, _signed(.03*level), 1, 0)
+
+
 def _translate_x(x, level): return _warp(x, 1, 0, _signed(.045*level*x.width), 0, 1, 0)
+
+
 def _translate_y(x, level): return _warp(x, 1, 0, 0, 0, 1, _signed(.045*level*x.height))
 
 # %% ../../nbs/lab/b_3_augment.ipynb #b1f0c9d9
@@ -102,7 +108,7 @@ def raug_ops() -> dict:
         name: enhance(name) for name in ("Color", "Contrast", "Brightness", "Sharpness")} | dict(
             ShearX=_shear_x, ShearY=_shear_y, TranslateX=_translate_x, TranslateY=_translate_y)
 
-
+# %% ../../nbs/lab/b_3_augment.ipynb #228a4e50
 def raug15(x: "Image") -> "Image":
     "Two operations of `raug_ops`, each at a level from 0 to 14"
     for _ in range(2): x = random.choice(list(raug_ops().values()))(x, random.randrange(15))

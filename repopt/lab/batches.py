@@ -135,7 +135,7 @@ def _check_all(folder, mine: slice, workers: int, broken: str) -> None:
                       num_workers=workers)
     say_broken({folder.samples[int(i[0])][0]: why[0] for _, _, i, why in look if why[0]}, broken)
 
-
+# %% ../../nbs/lab/b_4_batches.ipynb #6e66f40c
 def _check_classes(folder, workers: int) -> None:
     "DataError where of a class not one picture can be decoded; mostly the first can"
     def lost(paths):

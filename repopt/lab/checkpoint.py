@@ -17,7 +17,7 @@ from .records import FORMAT, write_atomic
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: foreign, of another format, or damaged with no other one left"
 
-
+# %% ../../nbs/lab/c_checkpoint.ipynb #4a52de15
 def save(path: Path | str, state: dict, keep: int = 2) -> Path:
     """Write `state` to `path` (`step-<n>.pt`) atomically, its sha256 beside it, and remove all but the newest `keep` of
     the folder."""
@@ -31,7 +31,7 @@ def save(path: Path | str, state: dict, keep: int = 2) -> Path:
     for p in path.parent.glob(".step-*"): remove(p)                          # what a killed process left half written
     return path
 
-
+# %% ../../nbs/lab/c_checkpoint.ipynb #8f606f54
 def remove(path: Path) -> None:
     "Remove a checkpoint, or what stands in its place, and the sha256 beside it"
     for p in (path, path.with_suffix(".sha256")):
@@ -70,10 +70,10 @@ def load(path: Path | str, asked: dict | None = None) -> dict:
         raise AnotherRun(f"{path} belongs to another run: {', '.join(differ)} differ{'s' if len(differ) == 1 else ''}")
     return state
 
-
+# %% ../../nbs/lab/c_checkpoint.ipynb #e4e47610
 class AnotherRun(CheckpointError): "A whole checkpoint, of a run of which something else was asked"
 
-
+# %% ../../nbs/lab/c_checkpoint.ipynb #01353098
 def load_latest(folder: Path | str, asked: dict | None = None,
                 take: Callable[[dict], object] = lambda state: None) -> tuple[dict, Path] | None:
     """(state, path) of the newest usable checkpoint in `folder`; None where there are none.
@@ -96,7 +96,7 @@ def load_latest(folder: Path | str, asked: dict | None = None,
                               f"begin again from the start, say --restart (in Python: resume=False)")
     return None
 
-
+# %% ../../nbs/lab/c_checkpoint.ipynb #30ebfc64
 def _taken(take, state, path):
     try: take(state)
     except torch.OutOfMemoryError: raise

@@ -22,6 +22,8 @@ from .evidence import choice, made, protocol, search_of, sweep
 from .plots import save, style
 from .proofs import prove
 from .records import command_line, Parser, lookup, unknown, write_atomic
+
+# %% ../../nbs/lab/m_claims.ipynb #447f3de1
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm,
                                  p_value, ratio, seeds_to_decide)
 
@@ -30,7 +32,7 @@ CLAIMS = Path(str(files("repopt")))/"assets"/"claims.yaml"
 PROVED, NOT_PROVED, NOT_RUN = "proved", "not proved", "not run"
 RULES = ("proved", "difference", "equality", "ratio", "other")
 
-
+# %% ../../nbs/lab/m_claims.ipynb #f3ea74ce
 @cache
 def claims() -> dict:
     "{id: entry} of `claims.yaml`. ValueError for one that lacks a field, or names an unknown arm or rule."
@@ -46,7 +48,7 @@ def claims() -> dict:
         out[c["id"]] = c
     return out
 
-
+# %% ../../nbs/lab/m_claims.ipynb #f7a832bd
 @cache
 def settings() -> dict:
     "{setting: its words}, the largest first"
@@ -65,7 +67,7 @@ class Row:
     values: tuple = ()
     records: tuple = ()
 
-
+# %% ../../nbs/lab/m_claims.ipynb #f2772949
 def pairs(done: dict, setting: str, of: str, over: str) -> dict:
     "{seed: (record of arm `of`, record of arm `over`)} at the rate of each, where both are"
     def counted(arm):
@@ -76,7 +78,7 @@ def pairs(done: dict, setting: str, of: str, over: str) -> dict:
     a, b = counted(of), counted(over)
     return {seed: (a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())}
 
-
+# %% ../../nbs/lab/m_claims.ipynb #c0efbdbb
 def margin(done: dict, setting: str) -> float | None:
     "Half of RepVGG's lead over plain SGD on the choosing pictures, each at its rate; None while it is not known"
     arms = "repvgg", "plain"
@@ -84,7 +86,7 @@ def margin(done: dict, setting: str) -> float | None:
     best = [max(a for a in sweep(done, setting, arm, None).values() if a is not None) for arm in arms]
     return (best[0] - best[1])/2
 
-
+# %% ../../nbs/lab/m_claims.ipynb #6ef5ef97
 def unmoved(done: dict, setting: str, arms: tuple[str, ...]) -> str:
     "Why the scales of these arms do not count as searched; '' where they do, or none are"
     least = protocol(setting).get("moved", {})
@@ -101,7 +103,7 @@ def _metric(record, path):
     for k in path.split("/"): value = value.get(k) if isinstance(value, dict) else None
     return value
 
-
+# %% ../../nbs/lab/m_claims.ipynb #7a2afe23
 def _asked(found, claim, side, setting):
     """{seed: record} of one side of a claim about other experiments in one setting, of one making.
 
@@ -120,7 +122,7 @@ def _asked(found, claim, side, setting):
         out[seed] = r
     return out
 
-
+# %% ../../nbs/lab/m_claims.ipynb #f3c42e12
 def measured(found: list, claim: dict, setting: str) -> tuple:
     "(values, records): of the pair of records of each seed their difference, or for a ratio their quotient"
     of = _asked(found, claim, "of", setting)
@@ -134,7 +136,7 @@ def measured(found: list, claim: dict, setting: str) -> tuple:
         used += [of[seed]["id"]] + ([] if over is None else [over[seed]["id"]])
     return values, tuple(used)
 
-
+# %% ../../nbs/lab/m_claims.ipynb #25f09994
 def timed(found: list, claim: dict, setting: str) -> Row:
     "A ratio of two timings, each a mean over the rounds of one record"
     of, over = (_asked(found, claim, side, setting).get(0) for side in ("of", "over"))
@@ -164,7 +166,7 @@ def judge(claim: dict, setting: str, found: list, done: dict, sensitive: bool = 
     if len(values) < 2: return Row(claim, why=f"waits for {claim['waits']}" if "waits" in claim else "")
     return _row(claim, setting, values, used, sensitive or "margin" in claim, claim.get("margin"))
 
-
+# %% ../../nbs/lab/m_claims.ipynb #14664dfe
 def _compared(claim, setting, done, sensitive):
     "Two arms of the protocol"
     arms = claim["of"], claim["over"]
@@ -179,7 +181,7 @@ def _compared(claim, setting, done, sensitive):
     if len(both) == len(asked): return row
     return replace(row, verdict=UNDECIDED, why=f"{len(both)} of {len(asked)} seeds so far", seeds=None)
 
-
+# %% ../../nbs/lab/m_claims.ipynb #7816e96a
 def _row(claim, setting, values, used, sensitive, m):
     "The rule on the values"
     if claim["rule"] == "ratio": v = ratio(values, claim.get("paper"))
@@ -203,7 +205,7 @@ def ledger(found: list) -> list:
         rows += (heads or [Row(c, why=mine[0].why)]) + [r for r in seen if r not in heads]
     return rows
 
-
+# %% ../../nbs/lab/m_claims.ipynb #9b608286
 @cache
 def _differences() -> tuple:
     return tuple(c["id"] for c in claims().values() if c["rule"] == "difference" and isinstance(c.get("of"), str))
@@ -216,7 +218,7 @@ def _sensitive(setting, done) -> bool:
     rows = [_compared(claims()[k], setting, done, False) for k in _differences()]
     return any(r.verdict == SUPPORTED and r.interval.mean >= 2*m for r in rows)
 
-
+# %% ../../nbs/lab/m_claims.ipynb #4f195d90
 def heads(rows: list) -> list:
     "One row a claim: the first"
     return list({r.claim["id"]: r for r in reversed(rows)}.values())[::-1]
@@ -224,6 +226,7 @@ def heads(rows: list) -> list:
 # %% ../../nbs/lab/m_claims.ipynb #cl25
 FIELDS = "id group place says paper ours low high n setting verdict why seeds records".split()
 
+# %% ../../nbs/lab/m_claims.ipynb #1f5271b3
 def line(row: Row) -> dict:
     "A row as `claims.csv` has it"
     c, i = row.claim, row.interval
@@ -233,7 +236,7 @@ def line(row: Row) -> dict:
                 setting=settings().get(row.setting, row.setting), verdict=row.verdict, why=row.why,
                 seeds=row.seeds or "", records=" ".join(row.records))
 
-
+# %% ../../nbs/lab/m_claims.ipynb #7f50fcef
 def summary(rows: list) -> str:
     "The ledger in a sentence or two"
     words = [r.verdict for r in heads(rows)]
@@ -248,7 +251,7 @@ def summary(rows: list) -> str:
     return (f"Of {len(words)} claims {said}. Of {found} supported differences {stand} survive Holm's correction within "
             f"their group. Intervals cover seeds, not other pictures.")
 
-
+# %% ../../nbs/lab/m_claims.ipynb #e0b23a15
 def to_markdown(rows: list) -> str:
     "`claims.md`"
     out, first = [summary(rows), ""], {id(r) for r in heads(rows)}
@@ -266,7 +269,7 @@ def to_markdown(rows: list) -> str:
         out.append("")
     return "\n".join(out)
 
-
+# %% ../../nbs/lab/m_claims.ipynb #6486d1b3
 def to_csv(rows: list) -> str:
     "`claims.csv`: FIELDS"
     w = csv.DictWriter(s := io.StringIO(), FIELDS, lineterminator="\n")
@@ -277,6 +280,7 @@ def to_csv(rows: list) -> str:
 # %% ../../nbs/lab/m_claims.ipynb #cl26
 COLOURS = {SUPPORTED: "#0072B2", NOT_SUPPORTED: "#D55E00", UNDECIDED: "#999999"}
 
+# %% ../../nbs/lab/m_claims.ipynb #fee5cea8
 @style()
 def forest(rows: list) -> Any:
     "The differences of accuracy, in points: ours with its interval, coloured by verdict, and the paper's as a mark"
@@ -297,7 +301,7 @@ def forest(rows: list) -> Any:
     fig.tight_layout()
     return fig
 
-
+# %% ../../nbs/lab/m_claims.ipynb #02216339
 def write(rows: list, out: str | Path = "figures") -> None:
     "Write claims.md, claims.csv, claims.svg and claims.png below `out`"
     out = Path(out)
@@ -312,7 +316,7 @@ def write_all(out: str | Path = "figures", source: str | Path | None = None) -> 
     write(rows, out)
     return rows
 
-
+# %% ../../nbs/lab/m_claims.ipynb #440e776a
 @command_line
 def main(argv: list[str] | None = None) -> int:
     "Write the ledger from the records below --source. Returns the exit code."

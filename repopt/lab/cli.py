@@ -19,6 +19,8 @@ from ..models import known
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
 from ..scales import Scales, load_scales, read_scales
 from .recipes import Recipe, kinds_of_keys, parse_yaml
+
+# %% ../../nbs/lab/j_cli.ipynb #def0c5dc
 from .training import OPTIMIZERS, evaluate_weights, FOREIGN
 from .runs import run
 
@@ -35,7 +37,7 @@ def given(namespace: dict, names: str) -> SimpleNamespace:
         raise ValueError(unknown("notebook parameter", k, names))
     return SimpleNamespace(**{k: found.get(k) for k in names}, test=bool(os.environ.get("IN_TEST")))
 
-
+# %% ../../nbs/lab/j_cli.ipynb #ba1c3e74
 def parameters(namespace: dict, names: str) -> SimpleNamespace:
     """What an experiment notebook was given, checked.
 
@@ -93,7 +95,7 @@ def cli(argv, prog: str, mode: str, description: str) -> tuple:
     recipe = Recipe.load(a.recipe, **{**over, **({} if a.model is None else {"model": a.model})})
     return a, recipe, named_scales(getattr(a, "scales", None), recipe)
 
-
+# %% ../../nbs/lab/j_cli.ipynb #158929c2
 def _overrides(words) -> dict:
     """{key: value} of the KEY=VALUE that --set was given.
 
@@ -117,7 +119,7 @@ def named_scales(name, recipe: Recipe):
     if Path(name).exists() or Path(name).suffix or "/" in str(name): return Scales.read(name)
     return load_scales(name)
 
-
+# %% ../../nbs/lab/j_cli.ipynb #d797b60d
 @command_line
 def train(argv=None) -> int:
     "Train one target. Returns the exit code."
@@ -169,10 +171,11 @@ COMMANDS = dict(                                                             # n
     claims=("claims.main", "the ledger of the claims, from records"),
     report=("report.main", "all tables and figures, from records"))
 
+# %% ../../nbs/lab/j_cli.ipynb #e6499758
 USAGE = "usage: python -m repopt COMMAND … (COMMAND --help says more)\n\n" + "\n".join(
     f"  {n:10}{what}" for n, (_, what) in COMMANDS.items())
 
-
+# %% ../../nbs/lab/j_cli.ipynb #c3859b4b
 @command_line
 def main(argv=None) -> int:
     "`python -m repopt COMMAND …`. Returns the command's exit code."

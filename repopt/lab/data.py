@@ -20,6 +20,8 @@ import torch
 from .augment import AUGMENTS, IMAGENET_MEAN, IMAGENET_STD
 from .batches import FolderLoader, Loader, Split, TensorLoader
 from .packed import image_folders, open_folder, pack
+
+# %% ../../nbs/lab/b_data.ipynb #d8d8cd26
 from .pictures import (PICTURES, DataError, entries, holds, middle, needs, nothing_left, read_picture,
                                  say_broken, unusable, why_broken)
 from .records import Parser, command_line
@@ -46,7 +48,7 @@ class DataSet:
 
 DATA_SETS: dict[str, DataSet] = {}
 
-
+# %% ../../nbs/lab/b_data.ipynb #7de064e5
 def register_data(name: str, load: Callable, embedded: bool = False, sized: bool = False) -> None:
     """Let `load_data(name)` read a data set that is held in memory: `load(root)` returns its (train, test) `Split`s.
 
@@ -69,7 +71,7 @@ register_data("digits", load_digits, embedded=True)
 ASSETS = Path(str(files("repopt")))/"assets"/"data"
 FASHION_SHA256 = "441deab73a56ca666ef9b423f18b7f447d042208ad5088db9b40c79578c957d4"    # as tests/make_fashion.py says
 
-
+# %% ../../nbs/lab/b_data.ipynb #d33c7fb8
 def load_fashion(root: Path | None = None, test: str = "test") -> tuple:
     """(train, test) of the part of Fashion-MNIST that ships with the package: 6,000 pictures, and 5,000 for the test.
 
@@ -108,7 +110,7 @@ def load_cifar100(root: str | Path, download: bool = False) -> tuple:
     return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets), mean, std)
                  for s in sets)
 
-
+# %% ../../nbs/lab/b_data.ipynb #e74a7e10
 register_data("cifar100", load_cifar100)
 
 # %% ../../nbs/lab/b_data.ipynb #64c972bc
@@ -174,7 +176,7 @@ def load_caltech256(root: str | Path, size: int = 32, broken: str = "skip") -> t
                         f"Caltech256 again")
     return tuple(decoded(samples, size, broken) for samples in sets)
 
-
+# %% ../../nbs/lab/b_data.ipynb #beaecc72
 register_data("caltech256", load_caltech256, sized=True)
 
 # %% ../../nbs/lab/b_data.ipynb #5112f792
@@ -193,7 +195,7 @@ def _folder(root, name):
     "The image folder called `name`: below the root where there is one, else the root itself"
     return root/name if (root/name).is_dir() else root
 
-
+# %% ../../nbs/lab/b_data.ipynb #60e0ef9a
 def _in_memory(name: str, known: DataSet, root, size: int, test_size: int, broken: str) -> tuple:
     "(train, test) of a set that is held whole; DataError where its pictures have another size than is asked for"
     if known.sized and size < 1:

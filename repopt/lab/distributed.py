@@ -53,11 +53,12 @@ class World:
 # %% ../../nbs/lab/d_distributed.ipynb #4c083e5b
 _LIBC = ctypes.CDLL(None)  # loaded now: nothing may be loaded between fork and exec
 
+
 def die_with_parent(signum: int = signal.SIGTERM) -> None:
     "Ask Linux to send this process `signum` when its parent ends (PR_SET_PDEATHSIG)"
     _LIBC.prctl(1, int(signum))
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #9aacdaea
 @contextlib.contextmanager
 def joined(timeout: float = 1800) -> Iterator[World]:
     """The World that torch.distributed.run put this process into, for as long as the block lasts.
@@ -83,7 +84,7 @@ def joined(timeout: float = 1800) -> Iterator[World]:
         raise
     dist.destroy_process_group()
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #721576ff
 def launched(name: str, default: int) -> int:
     "The number that a launcher, torchrun or another, has put into the environment. ValueError where it is none."
     try: return int(os.environ.get(name, default))
@@ -91,7 +92,7 @@ def launched(name: str, default: int) -> int:
         raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number, as a launcher sets "
                          "it: unset it, or start by torchrun") from None
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #78dd1d0f
 def enough_gpus(processes: int) -> None:
     "ValueError where this node has GPUs, but fewer than `processes`"
     have = torch.cuda.device_count()
@@ -114,7 +115,7 @@ def averaged(model: nn.Module, world: World, batch: torch.Tensor) -> nn.Module:
         for b, old in zip(model.buffers(), before): b.copy_(old)
     return ddp
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #6a30786e
 @torch.no_grad()
 def buffers_of_first(model: nn.Module, world: World) -> None:
     "Give every process the first one's batch norm averages, in place"
@@ -188,7 +189,7 @@ def command(arguments: Iterable, gpus: int = 1, nodes: int = 1, endpoint: str | 
 # %% ../../nbs/lab/d_distributed.ipynb #d444dda3
 class WorkerError(BrokenOff): "A process of a run failed; the message is what it said, or its traceback"
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #1db1b2ce
 def launch(arguments: Iterable, gpus: int, nodes: int = 1, echo: Callable[[str], object] = partial(print, flush=True),
            **how) -> tuple[int, list[str]]:
     """Run `command(…)` and pass its lines to `echo`. Returns (exit code 0 or 75, last lines).
@@ -218,7 +219,7 @@ def launch(arguments: Iterable, gpus: int, nodes: int = 1, echo: Callable[[str],
         why = f"the {nodes} nodes did not meet at {words[words.index('--rdzv-endpoint') + 1]} in time: {why}"
     raise (ValueError if code == 2 else WorkerError)(why)
 
-
+# %% ../../nbs/lab/d_distributed.ipynb #f49c8827
 def first_failure(lines: Iterable[str], code: int) -> tuple[int, str]:
     """(exit code, traceback or last words) of the process that failed first, from what torch.distributed.run prints at
     the end."""

@@ -22,6 +22,8 @@ from .records import command_line, Parser, unknown, writable
 from .recipes import Recipe
 from .runs import in_worker, run
 from .training import TrainingError
+
+# %% ../../nbs/lab/l_evidence.ipynb #77751810
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
 from ..scales import Scales
 
@@ -36,13 +38,13 @@ def protocol(setting: str = "fashion") -> dict:
     if setting not in known: raise ValueError(unknown("setting", setting, known))
     return known[setting]
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #05fcf24e
 def search_of(setting: str, arm: str) -> str | None:
     "The recipe of the search whose scales an arm takes; None for one that needs none"
     name = protocol(setting)["arms"][arm].get("scales")
     return None if name in (None, "ones", "sqrt2l") else name
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #d8f638cc
 def digest(setting: str, arm: str) -> str:
     """Of all that the protocol and its recipes say about the runs of one arm, or of one search by its recipe's name.
 
@@ -72,7 +74,7 @@ class Cell:
         "Is it run on the choosing pictures?"
         return self.seed in protocol(self.setting)["choose"]["seeds"]
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #5c7f0537
 def made(found: list) -> dict:
     """{Cell: record} of the records that the protocol made, failed runs too.
 
@@ -90,11 +92,12 @@ def made(found: list) -> dict:
 # %% ../../nbs/lab/l_evidence.ipynb #ev11
 EDGE = (-24, 4)                                                             # 1e-6 to 10: beyond, no arm is asked
 
+
 def rate(k: int) -> float:
     "10^(k/4), as it is written: three digits"
     return float(f"{10**(k/4):.3g}")
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #ef818060
 def next_rates(accuracy: dict, grid: list) -> list:
     """The k that are to be tried next, where `accuracy` is {k: mean top-1, or None for a rate that does not train}.
 
@@ -121,7 +124,7 @@ def sweep(done: dict, setting: str, arm: str, decay: float | None) -> dict:
     return {ks[lr]: None if None in found.values() else fmean(found.values())
             for lr, found in by_rate.items() if len(found) == len(seeds)}
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #e7e4661e
 def decays(setting: str, arm: str) -> list:
     "The weight decays between which an arm chooses; [None] where it has its recipe's"
     return protocol(setting)["arms"][arm].get("weight_decay", [None])
@@ -132,7 +135,7 @@ def grid(setting: str, arm: str) -> list:
     p = protocol(setting)
     return p["grids"][p["arms"][arm].get("family", "sgd")]
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #a8af7c64
 def choice(done: dict, setting: str, arm: str) -> tuple | None:
     "(learning rate, weight decay) of an arm; None while it is not chosen. ValueError as of `next_rates`."
     tried = {d: sweep(done, setting, arm, d) for d in decays(setting, arm)}
@@ -156,7 +159,7 @@ def missing(done: dict, setting: str, groups: list[str] | None = None) -> list[C
     if not out: out = _same_lr(done, setting, [a for g in groups or p["groups"] for a in p["groups"][g]])
     return list(dict.fromkeys(out))
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #d86d333f
 def _to_choose(done, setting, arm):
     "An arm's runs on the choosing pictures, and the searches that they need"
     out, seeds = [], protocol(setting)["choose"]["seeds"]
@@ -165,7 +168,7 @@ def _to_choose(done, setting, arm):
             out += [Cell(setting, "choose", arm, seed, rate(k), decay) for seed in seeds]
     return _after_searches(done, setting, arm, out)
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #2a854846
 def _chosen(done, setting, arm):
     "(lr, decay); None while it is not known; False where there is none to be had"
     try: return choice(done, setting, arm)
@@ -179,7 +182,7 @@ def _of_seed(done, setting, chosen, seed):
         if at: out += _after_searches(done, setting, arm, [Cell(setting, "count", arm, seed, *at)])
     return out
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #026881dc
 def _same_lr(done, setting, arms):
     "Last, what counts at the rates that are the same for every arm of a family, where an arm has not chosen it anyway"
     p, out = protocol(setting), []
@@ -191,7 +194,7 @@ def _same_lr(done, setting, arms):
             out += _after_searches(done, setting, arm, cells)
     return out
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #c5160ccf
 def _after_searches(done, setting, arm, cells):
     "Of the `cells` those without a record; of one whose search is not there, the search instead"
     name, out = search_of(setting, arm), []
@@ -210,7 +213,7 @@ def moved(found: Scales, start: Scales) -> dict:
     far, near = (sum(float((x**2).sum()) for x in xs) for xs in ([v - s for v, s in pairs], [s for _, s in pairs]))
     return dict(distance=(far/near)**.5, variation=fmean(float(v.std(correction=0)/v.mean().abs()) for v, _ in pairs))
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #22ed9b4b
 def found_scales(record: dict, model: str) -> Scales:
     "The scales in the arrays beside the record of a search"
     nested: dict[str, dict] = {}
@@ -241,7 +244,7 @@ def make(cell: Cell, out: str, searched: str | None = None, data: str | None = N
     try: return _write(cell, run(recipe, data=data, quiet=True, **asked), out)
     except TrainingError as e: return _write_failed(cell, recipe, asked, str(e), out)
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #689d8cdb
 def _write(cell, done, out):
     record, arrays = done.record, dict(done.arrays)
     if cell.part == "search":
@@ -250,7 +253,7 @@ def _write(cell, done, out):
         record["metrics"] |= moved(done.scales, start)
     return str(records.write(_marked(record, cell), out, arrays))
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #73f98681
 def _marked(record, cell):
     "`record` with the cell that it is, and the digest of the protocol"
     record["where"] |= dict(cell=asdict(cell), protocol=digest(cell.setting, cell.arm))
@@ -277,7 +280,7 @@ def planned(done: dict, setting: str, groups: list[str] | None = None) -> int:
         searches |= {search_of(setting, arm)} - {None}
     return total + len(searches)*(len(p["seeds"]) + len(p["choose"]["seeds"]))
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #a64a5d98
 def troubles(done: dict, setting: str) -> dict:
     "{arm: why it has no learning rate}, of arms whose sweep has ended badly"
     out = {}
@@ -286,7 +289,7 @@ def troubles(done: dict, setting: str) -> dict:
         except ValueError as e: out[arm] = str(e)
     return out
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #041cc31c
 def make_all(setting: str = "fashion", out: str | Path = "figures", groups: list[str] | None = None, jobs: int = 2,
              most: int | None = None, data: str | None = None) -> int:
     "Make what is missing, `jobs` at a time, at most `most` runs; how many were made. Records go below `out`."
@@ -306,12 +309,12 @@ def make_all(setting: str = "fashion", out: str | Path = "figures", groups: list
     for arm, why in troubles(done, setting).items(): print(f"{arm}: {why}", flush=True)
     return count
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #4976af51
 def _call(cell, done, out, data):
     name = None if cell.part == "search" else search_of(cell.setting, cell.arm)
     return cell, str(out), done[Cell(cell.setting, "search", name, cell.seed)]["path"] if name else None, data
 
-
+# %% ../../nbs/lab/l_evidence.ipynb #c2cfc1ac
 def _say(cell, record, setting, out, groups, count, seconds):
     done = made(records.load_all(out))
     total = planned(done, setting, groups)

@@ -23,6 +23,8 @@ from .records import command_line, make_record, write
 from .timing import accelerator, arithmetic, interleaved, quartiles, summary
 from .recipes import Recipe, resolve
 from .runs import Run, run
+
+# %% ../../nbs/04_hyper_search.ipynb #5ad69179
 from .training import build_model, compiled, make_optimizer, train_step
 from .cli import cli
 
@@ -41,7 +43,7 @@ class ResidualBlock(nn.Module):
         self.ratio = (path.var()/total.var()).item()
         return F.relu(total)
 
-
+# %% ../../nbs/04_hyper_search.ipynb #43ae4854
 def resnet_b1() -> nn.Sequential:
     "Three stages of 4, 6 and 16 residual blocks, as wide as RepOpt-VGG-B1"
     widths = [(64, 128, 4), (128, 256, 6), (256, 512, 16)]
@@ -69,7 +71,7 @@ def identity_ratios(x: torch.Tensor, init: str = "torch") -> dict:
             for k in hooks: k.remove()
     return out
 
-
+# %% ../../nbs/04_hyper_search.ipynb #db53804f
 def photographs(size: int = 64, n: int = 16, seed: int = 0) -> torch.Tensor:
     "`n` normalised square crops of scikit-learn's two photographs, `[n, 3, size, size]`"
     from sklearn.datasets import load_sample_images
@@ -82,7 +84,7 @@ def photographs(size: int = 64, n: int = 16, seed: int = 0) -> torch.Tensor:
     x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float()
     return (x - x.mean((0, 2, 3), keepdim=True))/x.std((0, 2, 3), keepdim=True)
 
-
+# %% ../../nbs/04_hyper_search.ipynb #dd15b1fb
 @style()
 def figure4(x=None):
     "Fig. 4: the identity variance ratio in the stage of 16 blocks"
@@ -110,7 +112,7 @@ def stages_of(scales: Mapping) -> list:
     ends = list(itertools.accumulate(lengths))
     return list(zip([0, *ends], ends))
 
-
+# %% ../../nbs/04_hyper_search.ipynb #30d40aee
 def plot_blocks(ax, means, stages, title: str = "") -> None:
     """Mean s, t and identity of each block: Fig. 7, a curve per stage.
 
@@ -131,7 +133,7 @@ def plot_epochs(ax, means, block: int, title: str = "") -> None:
     ax.set(xlabel="epoch", ylabel="mean scale", title=title)
     ax.legend()
 
-
+# %% ../../nbs/04_hyper_search.ipynb #1f71a401
 def last_of_stage3(model: str) -> int:
     "The index of the block that Fig. 6 follows: the last of the third stage, counted from the stem"
     with torch.device("meta"): return sum(create_model(model).stages[:4]) - 1

@@ -24,6 +24,8 @@ from ..models import ConvBlock, RepVGGBlock, create_model, fuse_norm
 from .plots import arm, style
 from .timing import interleaved, quartiles
 from .recipes import Recipe, resolve
+
+# %% ../../nbs/lab/i_int8.ipynb #581ce810
 from .runs import Run, build_folder, finished
 from .training import evaluate, load_weights
 from ..deployment import onnx_engine, onnx_session, write_onnx
@@ -37,14 +39,14 @@ def data_of(run: Run, augment: bool, data: Path | str | None = None) -> tuple[Re
     return r, load_data(r.data, r.batch_size, r.augment, r.image_size, r.test_size, data, run.record["asked"]["seed"],
                         augmented=augment)
 
-
+# %% ../../nbs/lab/i_int8.ipynb #c070ec26
 def _record(experiment, run, q, asked, metrics, start, out):
     record = records.make_record(experiment, {**run.record["asked"], "run": run.id, "quantizer": q.how, **asked},
                                  metrics, seconds=time.time() - start)
     if out: records.write(record, out)
     return record
 
-
+# %% ../../nbs/lab/i_int8.ipynb #55239108
 def ptq(run: Run, weights: str = "per_channel", activations: str = "histogram", data: Path | str | None = None,
         out: Path | str | None = None, images: int = 512) -> dict:
     "Quantize a trained run and test it: returns (and with `out` writes) a `ptq` record with fp32 and INT8 top-1."
@@ -112,6 +114,7 @@ def _with_norm(conv, moments):
 # %% ../../nbs/lab/i_int8.ipynb #932bd9aa
 NORMS = ("own", "none", "put back")
 
+# %% ../../nbs/lab/i_int8.ipynb #91605466
 def qat(run: Run, norms: str = "own", rate: float = .1, weights: str = "per_channel", epochs: int = 10,
         batches: int | None = None, data: Path | str | None = None, out: Path | str | None = None) -> dict:
     """Ten more epochs with fake quantizers, from a trained run: returns (and with `out` writes) a `qat` record, with
@@ -145,7 +148,7 @@ def spread_of(W: Tensor) -> dict:
             for k, v in parts.items()} | {"max_over_std": (W.abs().max()/W.std()).item()} | {f"sqnr_{w}": sqnr(
                 W, int8_weights(W, w)) for w in ("per_tensor", "per_channel")}
 
-
+# %% ../../nbs/lab/i_int8.ipynb #b7f85efe
 def stages_of_fusion(block: nn.Module) -> dict:
     """{name in Table 11: kernel} of a RepVGG block (three stages) or of a plain block (one, and the one with its batch
     norm folded, as deployed)"""
@@ -174,6 +177,7 @@ def sensitivity(model: nn.Module, x: Tensor, weights: str) -> dict:
 # %% ../../nbs/lab/i_int8.ipynb #95505da1
 SAMPLED = "stage3.7"  # the 8th 3×3 layer of the 16-layer stage, as in the paper
 
+# %% ../../nbs/lab/i_int8.ipynb #98119e56
 def spread(run: Run, data: Path | str | None = None, out: Path | str | None = None, bins: int = 101,
            images: int = 512) -> dict:
     """What every kernel of a trained run is like at each stage of its fusion, and how much the logits feel it: returns
@@ -194,7 +198,7 @@ def spread(run: Run, data: Path | str | None = None, out: Path | str | None = No
     if out: records.write(record, out, arrays)
     return {**record, "arrays": arrays}
 
-
+# %% ../../nbs/lab/i_int8.ipynb #77464321
 def _histograms(stage, W, bins):
     "Densities of a kernel `[O, C, 3, 3]`, by location"
     edges, nine = np.linspace(-float(W.abs().max()), float(W.abs().max()), bins), W.flatten(2).numpy()
@@ -223,7 +227,7 @@ OBSERVATIONS = (  # (what App. C says, numerator, denominator, the paper's ratio
     ("as INT8 sees it: RepOpt-VGG's max/σ below the converted RepVGG's", ("o", "kernel, BN folded", "max_over_std"),
      ("v", "after branch addition", "max_over_std"), None, "< 1"))
 
-
+# %% ../../nbs/lab/i_int8.ipynb #db063684
 def observations(vgg: list, opt: list) -> list:
     """App. C's observations on `spread` records of RepVGG and RepOpt-VGG, pairs of a seed: rows of the paper's ratio,
     ours with spread, the verdict (none from one seed), and the share of all layers that agree."""
@@ -279,7 +283,7 @@ def _tail(ax, arrays, stage, part, colour):
     ax.set_yscale("log")
     return share[there].min()
 
-
+# %% ../../nbs/lab/i_int8.ipynb #4241a328
 @style()
 def figure3(vgg: dict, opt: dict):
     """Fig. 3: distribution of the sampled kernel of RepOpt-VGG and of the inference-time RepVGG, from the arrays of
@@ -293,7 +297,7 @@ def figure3(vgg: dict, opt: dict):
     fig.tight_layout()
     return fig
 
-
+# %% ../../nbs/lab/i_int8.ipynb #8a684de6
 @style()
 def figure5(vgg: dict, opt: dict):
     "Fig. 5: the same kernel by location (columns), at each stage of RepVGG's conversion and in RepOpt-VGG (rows)"
@@ -350,7 +354,7 @@ def find_run(run_id: str) -> Run:
                                 f"is not for use: name the run of a target that was trained")
     return run
 
-
+# %% ../../nbs/lab/i_int8.ipynb #f2b45092
 @records.command_line
 def main(argv: list | None = None) -> int:
     "Quantize finished runs, or time INT8. Returns the exit code."
@@ -382,7 +386,7 @@ def main(argv: list | None = None) -> int:
                   f"{k['ratio_high']:.2f})", flush=True)
     return 0
 
-
+# %% ../../nbs/lab/i_int8.ipynb #d9acc469
 def _quantize_run(r, a):
     say = lambda what, m: print(f"run {r.id} {r.record['asked']['model']} {r.record['asked']['optimizer']}: fp32 "
                                 f"{m['top1_fp32']:.2f} %, INT8 {what} {m['top1']:.2f} %", flush=True)

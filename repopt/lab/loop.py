@@ -21,6 +21,8 @@ from . import checkpoint, records
 from .batches import generator
 from .distributed import Signals, World, averaged, requeue
 from .recipes import Recipe, label, lr_at
+
+# %% ../../nbs/lab/f_1_loop.ipynb #9263d56f
 from .training import (TrainingError, averaging, build_model, compiled, evaluate, make_optimizer, train_step)
 
 # %% ../../nbs/lab/f_1_loop.ipynb #f1a00005
@@ -61,7 +63,7 @@ def take(self: Making, kept: dict) -> None:
     self.opt.load_state_dict(kept["optimizer"])
     if "ema" in kept: self.mean.load_state_dict(kept["ema"])
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #f7daf039
 @patch
 def go_on(self: Making) -> None:
     "From the newest usable checkpoint in the folder, if there is one; the first process finds it, and all take it"
@@ -76,7 +78,7 @@ def go_on(self: Making) -> None:
     if self.world.first:
         print(f"run {self.folder.name} goes on from {path.name} (epoch {self.state['epoch']})", flush=True)
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #c9620712
 def _check_position(at, epochs, steps, processes) -> None:
     "ValueError unless a checkpoint's position is a place in this run"
     within = lambda k, most: type(at[k]) is int and 0 <= at[k] <= most
@@ -95,7 +97,7 @@ def _on_disk(what, last):
             raise TrainingError(f"{said}. Make room and call again: the run goes on from its last checkpoint") from None
         warnings.warn(f"{said}; training goes on")
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #683d24ba
 def _write_weights(model, path, last=True):
     "The weights of `model` as safetensors, whole or not at all"
     with _on_disk(path, last):
@@ -116,7 +118,7 @@ def save(self: Making, epoch: int, index: int, loss: torch.Tensor) -> None:
     self.world.highest(0)
     self.saved = time.time()
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #4116bbda
 @patch
 def leave(self: Making) -> NoReturn:
     "After a signal: 75 says that the run can go on"
@@ -124,7 +126,7 @@ def leave(self: Making) -> NoReturn:
     if self.world.first: requeue()
     raise SystemExit(75)
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #2e8de4e6
 @patch
 def stopped(self: Making, place: str, what: object, epoch: int, index: int, loss: torch.Tensor) -> NoReturn:
     "Save the state before `what` happened, and say where it is"
@@ -133,7 +135,7 @@ def stopped(self: Making, place: str, what: object, epoch: int, index: int, loss
                         f"{self.folder}/step-{epoch*self.steps + index}.pt. A lower lr, a longer warm-up, clip_norm "
                         "or precision=fp32 may help (--set lr=…)") from None
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #c6015644
 @patch
 def look(self: Making, epoch: int, index: int, loss: torch.Tensor) -> None:
     "Read the loss of the steps since the last look: back to where that was if it is not finite, else keep this state"
@@ -158,7 +160,7 @@ def step(self: Making, x: torch.Tensor, y: torch.Tensor, epoch: int, i: int, los
         if self.buffers: torch._foreach_copy_(self.buffers, self.before)
         self.stopped(f"before the update at epoch {epoch}, step {i}", e, epoch, i, loss)
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #8ec0f292
 @patch
 def train_epoch(self: Making, epoch: int) -> torch.Tensor:
     "The steps of `epoch` that are still to be made. Returns the sum of this process's losses over all of them."
@@ -185,7 +187,7 @@ def scale_means(model: nn.Module) -> list:
              float(m.theta_identity.mean()) if "identity" in m.branches else nan] for m in model.modules()
              if isinstance(m, CSLA)]
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #10e74ba4
 @patch
 def end_epoch(self: Making, epoch: int, loss: torch.Tensor) -> None:
     "Test, and note what was found; the state is then that of the next epoch's beginning"
@@ -223,7 +225,7 @@ def train(self: Making) -> None:
         self.every, self.good = _reads(device), None
         for epoch in range(self.state["epoch"], recipe.epochs): self.end_epoch(epoch, self.train_epoch(epoch))
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #25fc786b
 def make(folder: Path, asked: dict, recipe: Recipe, scales: Scales | None, data: Any, device: torch.device,
          world: World, save_seconds: float, quiet: bool) -> None:
     "Train the run in `folder` to its end, from where it was left, and leave record, weights and scales there"
@@ -269,7 +271,7 @@ class _Progress:
         print(f"{self.what}: epoch {done:.4g}/{self.epochs}, loss {float(loss):.3f}{seen}, {seconds:.0f} s{left}",
               flush=True)
 
-
+# %% ../../nbs/lab/f_1_loop.ipynb #66ee2386
 def _reads(device) -> int:
     "Every how many steps the loss is read: a GPU that works ahead is not made to wait at each"
     return 16 if device.type == "cuda" else 1

@@ -105,7 +105,7 @@ def measured_peak(name: str, batch: int, size: int = 224, precision: str = "fp32
 # %% ../../nbs/lab/h_2_memory.ipynb #c2910007
 def _kilobytes(file: str, key: str) -> int: return int(re.search(rf"{key}:\s+(\d+)", Path(file).read_text())[1])
 
-
+# %% ../../nbs/lab/h_2_memory.ipynb #8ae1a75a
 def _probe(name, batch, size, precision):
     "Print, as the last thing, the bytes that two steps took of this process"
     w = Work("repoptvgg_digits", 2, 32, precision).open()
@@ -121,7 +121,7 @@ def _probe(name, batch, size, precision):
 # %% ../../nbs/lab/h_2_memory.ipynb #b6a1958d
 GB = 2**30                     # as in "a card with 11 GB"
 
-
+# %% ../../nbs/lab/h_2_memory.ipynb #b049cbdc
 def largest(fits: Callable, guess: int, width: int = 1, step: int = 1) -> int:
     """The largest batch for which `fits(batch)` holds, to within `step`, looked for around `guess`.
 
@@ -152,7 +152,7 @@ def room(cap: float | None = None) -> float:
     if accelerator() == "cuda": return torch.cuda.get_device_properties(0).total_memory
     return 1024*_kilobytes("/proc/meminfo", "MemTotal")
 
-
+# %% ../../nbs/lab/h_2_memory.ipynb #cbb713b2
 @contextlib.contextmanager
 def capped(cap: float | None = None) -> Iterator[None]:
     "Let torch have `cap` GB of the GPU and no more"

@@ -118,7 +118,7 @@ def image_folders(root: str | Path) -> tuple:
                         f"folders")
     return tuple(folders)
 
-
+# %% ../../nbs/lab/b_2_packed.ipynb #4d694d4d
 def _classes(path) -> list:
     "The classes of a split, packed or not; none where it does not exist"
     if Path(f"{path}.u8").exists(): return Packed(path).classes
@@ -132,7 +132,7 @@ def _shrunk(folder, size: int, sample) -> np.ndarray | str:
     k = size/min(x.size)
     return np.asarray(x if k >= 1 else x.resize([max(1, round(s*k)) for s in x.size], reducing_gap=2.))
 
-
+# %% ../../nbs/lab/b_2_packed.ipynb #6601754d
 def _all_shrunk(folder, size: int, workers: int | None) -> Iterator:
     "Yield ((path, label), what `_shrunk` makes of it) of all pictures in order, some of them decoded ahead"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

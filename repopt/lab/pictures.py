@@ -30,7 +30,7 @@ def unusable(e: Exception) -> str:
     if isinstance(e, NotADirectoryError): return "is a file, not a folder"
     return f"cannot be used ({(getattr(e, 'strerror', None) or str(e)).rstrip('.')})"
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #93059a2e
 def needs(module: str, what: str) -> ModuleType:
     "The optional `module`, which `what` needs. Raises DataError, with how to get it, where it is not installed."
     try: return importlib.import_module(module)
@@ -45,7 +45,7 @@ def holds(root: str | Path) -> list:
 # %% ../../nbs/lab/b_1_pictures.ipynb #b1f0c9d3
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #cd5fdcb0
 def entries(path: str | Path) -> list:
     """What lies in a folder, by name, but nothing hidden nor an operating system's own.
 
@@ -55,7 +55,7 @@ def entries(path: str | Path) -> list:
     except OSError as e: raise DataError(f"{path} {unusable(e)}: it should be a folder that can be read") from e
     return [e for e in listed if not e.name.startswith(".") and e.name not in ("__MACOSX", "@eaDir")]
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #aa644804
 def class_names(path: str | Path) -> list:
     "The class folders of a split, by name. Raises DataError where it is no folder, or a link in it leads nowhere."
     listed = entries(path)
@@ -69,7 +69,7 @@ def _place(path) -> tuple:
     s = os.stat(path)
     return s.st_dev, s.st_ino
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #b384aab8
 def _below(folder, seen: set) -> tuple:
     "(pictures, links) below `folder`, at any depth. Its folders join `seen`; what is there already counts as a link."
     pictures, links, todo = [], [], [folder]
@@ -126,7 +126,7 @@ def glance(file: int, start: int, size: int) -> bytes:
     if size <= 2**14: return os.pread(file, size, start)
     return b"".join(os.pread(file, 2**12, start + at) for at in (0, size//2, size - 2**12))
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #9cf49464
 def digest(look: Callable, things: list) -> str:
     "sha256 of what `look` returns for each of `things`, looked at by 16 threads, since a disk may be slow to answer"
     def part(start):
@@ -155,7 +155,7 @@ def read_picture(path: str | Path) -> "Image":
     from PIL import Image
     with open(path, "rb") as f: return rgb(Image.open(f))
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #1d506333
 def rgb(x: "Image") -> "Image":
     """`x` as 8-bit RGB. 16 bits are scaled from 65,535, 32 bits from the smallest of 1 (floats only), 255, 65,535 and
     2³² - 1 that reaches all values; alpha is dropped. Raises ValueError where there are negative values or NaN."""
@@ -217,7 +217,7 @@ def why_broken(e: Exception) -> str:
     if isinstance(e, ImportError): raise e
     return f"{type(e).__name__}: {e}".splitlines()[0].partition(" <_io")[0]      # the file is named by whoever asks
 
-
+# %% ../../nbs/lab/b_1_pictures.ipynb #2cdba9d7
 def say_broken(found: dict, broken: str) -> dict:
     """Name the pictures in `found` (`{path: why}`) and count them. Returns `found`.
 

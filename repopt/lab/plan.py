@@ -49,7 +49,7 @@ def footprint(recipe: Recipe, model: str | None = None, mode: str = "target", op
     size = step_bytes(*what, shape, recipe.precision)  # type: ignore[call-arg]
     return dict(parameters=sum(p.numel() for p in what[2].parameters()), **size)
 
-
+# %% ../../nbs/lab/h_plan.ipynb #ffc8f5a1
 def _valueless(opt):
     "For a RepOptimizer, what weighs the same and steps without looking at values: torch's own, on what `opt` steps"
     cls = getattr(opt, "torch_class", None)

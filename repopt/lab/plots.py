@@ -19,12 +19,14 @@ from ..grad_mult import GradMult, rep_branches
 ARMS = {"plain": "#333333", "RepVGG": "#e07b00", "RepOpt-VGG": "#0072b2", "√(2/l)": "#5fb3e6", "all 1": "#1e6b2e",
         "averaged": "#8b1a6b", "initialisation only": "#d65f7a", "gradients only": "#6a51e8", "CSLA": "#20a090",
         "adaptive optimizers": "#8a6a10"}
+
+# %% ../../nbs/lab/n_plots.ipynb #9b84d91e
 # other words for the same arms
 _SAME = {"plain SGD": "plain", "repvgg": "RepVGG", "searched": "RepOpt-VGG", "sqrt2l": "√(2/l)", "ones": "all 1",
          "all_1": "all 1", "initialization_only": "initialisation only", "gradients_only": "gradients only",
          "repadamw": "RepOpt-VGG", **dict.fromkeys(("rmsprop", "adam", "adamw", "adafactor"), "adaptive optimizers")}
 
-
+# %% ../../nbs/lab/n_plots.ipynb #19230b5a
 def arm(name: str) -> str:
     "The colour of an arm, as `'#rrggbb'`. Raises ValueError for one that has none."
     if (known := _SAME.get(name, name)) not in ARMS:
@@ -43,7 +45,7 @@ STYLE = {"figure.dpi": 110, "savefig.dpi": 110, "font.size": 9, "axes.titlesize"
          "lines.markersize": 3.5, "image.cmap": "cividis", "image.interpolation": "nearest",
          "axes.prop_cycle": f"cycler(color={list(ARMS.values())!r})", "svg.hashsalt": "repopt", "svg.fonttype": "none"}
 
-
+# %% ../../nbs/lab/n_plots.ipynb #d97b7856
 @contextmanager
 def style():
     "Inside it, or in a function that it decorates, matplotlib draws as all our pictures are drawn."
@@ -60,7 +62,7 @@ def draw():
 # %% ../../nbs/lab/n_plots.ipynb #p1070011
 ROUNDING = 2.**-53   # of float64
 
-
+# %% ../../nbs/lab/n_plots.ipynb #7ec16342
 def distances(ax, curves: Mapping, colours: Mapping = {}) -> None:
     """Relative distances of kernels, `{name: one a step}`, on a logarithmic axis with the rounding of float64 marked.
 
@@ -96,7 +98,7 @@ FILL = {"BN": "#fdd0a2", "constant": "#e5e5e5", "trainable": "#c7e9c0"}
 def _box(ax, x, y, text, fill, ink="k", shape="round,pad=.3"):
     ax.text(x, y, text, ha="center", va="center", fontsize=8, c=ink, bbox=dict(boxstyle=shape, fc=fill, ec=".3", lw=.8))
 
-
+# %% ../../nbs/lab/n_plots.ipynb #e04f3a8a
 def _branch(ax, x, name, after):
     "One column of a block: the branch, and what follows it"
     ax.plot([0, x, x, 0], [0, .7, 3.2, 3.75], c=".5", lw=1, zorder=0)
@@ -148,7 +150,7 @@ def _parameters() -> list:
     return [[("$W$", drawn("conv"))], [("3×3", drawn("conv")), ("1×1", drawn("conv_1x1")), ("3 BN", norms)],
             [("$W$", drawn("conv")), ("Grad Mult", M)]]
 
-
+# %% ../../nbs/lab/n_plots.ipynb #f7a28ee9
 @style()
 def figure1():
     "Fig. 1: a regular block, RepVGG and RepOpt-VGG, with their parameters for two channels"

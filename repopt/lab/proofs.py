@@ -37,7 +37,7 @@ def _small_net() -> tuple:
     batches = [(torch.randn(16, 3, 8, 8, generator=g), torch.randint(5, (16,), generator=g)) for _ in range(20)]
     return net, scales, batches
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #8a04c8ca
 def _trains_alike(optimizer: Callable) -> tuple:
     net, scales, batches = _small_net()
     got = check_equivalence(net, scales, optimizer, batches)
@@ -49,7 +49,7 @@ def csla_gr() -> tuple:
     return _trains_alike(lambda p, s: RepSGD(p, lr=.01, momentum=.9, nesterov=True, weight_decay=1e-4, scales=s,
                                              plain=("9.weight",)))
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #d8c142ff
 def other_rules() -> tuple:
     "The same with AdamW"
     return _trains_alike(lambda p, s: RepAdamW(p, lr=1e-3, weight_decay=.01, scales=s, plain=("9.weight",)))
@@ -64,7 +64,7 @@ def grad_mult() -> tuple:
     far = (M - ours).abs().max().item()
     return far < 1e-12, f"largest difference {far:.0e}"
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #2caec8e1
 def initialisation() -> tuple:
     "Eq. 4 as it is printed against the outputs of the block that it stands for"
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def _two_linears(same_start: bool = True, same_gradients: bool = True) -> float:
         for p in (A, B, W): p.grad = None
     return ((a*A + b*B - W).norm()/W.norm()).item()
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #be9e96b8
 def any_linear() -> tuple:
     "Two fully connected branches, and a scaling beside one, by Eq. 2"
     far = _two_linears()
@@ -108,7 +108,7 @@ def inference_only() -> tuple:
     far = _two_linears(same_gradients=False)
     return far > 1e-3, f"0 apart at the start, {far:.2f} after 20 steps"
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #6d310487
 def both_rules() -> tuple:
     "Each rule left out alone"
     start, gradients = _two_linears(same_start=False), _two_linears(same_gradients=False)
@@ -128,7 +128,7 @@ def parameters() -> tuple:
     ok = abs(ours - 51.8) < .05 and abs(theirs - 57.4) < .05
     return ok, f"{ours:.1f} M always, RepVGG {theirs:.1f} M in training"
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #c6da4f35
 def figure_4() -> tuple:
     "The identity's share of the variance in the last third of the blocks over that in the first, by Fig. 4's nets"
     grows = {k: fmean(r[-5:])/fmean(r[:5]) for k, r in identity_ratios(photographs()).items()}
@@ -136,7 +136,7 @@ def figure_4() -> tuple:
     why = f"grows {resnet:.2f} times in a ResNet, {deep:.2f} from √(2/l), {ones:.2f} from 1"
     return resnet > 1.1 > ones and deep > 1.1, why
 
-
+# %% ../../nbs/lab/l_1_proofs.ipynb #7ea61126
 PROOFS = {f.__name__: f for f in (csla_gr, grad_mult, initialisation, any_linear, other_rules, inference_only,
                                   both_rules, search_cost, parameters, figure_4)}
 

@@ -74,6 +74,8 @@ _CHOICES = dict(schedule=("cosine", "cosine_from_start", "constant"), augment=AU
                 scale_init=("ones", "sqrt2l"), init=("msra", "torch"), identity=("one", "searched"))
 _COUNTS = ("epochs test_epochs batch_size lr_batch num_classes image_size test_size bn_batch accumulate "
            "test_every").split()
+
+# %% ../../nbs/lab/e_recipes.ipynb #909f9084
 _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
                weight_decay=(lambda v: v >= 0, "at least 0"), warmup_epochs=(lambda v: v >= 0, "at least 0"),
                label_smoothing=(lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -81,6 +83,7 @@ _RANGES = dict(lr=(lambda v: v > 0, "above 0"), momentum=(lambda v: 0 <= v < 1, 
                ema_decay=(lambda v: 0 < v < 1, "between 0 and 1, or null"),
                **{k: (lambda v: v >= 1, "at least 1") for k in _COUNTS})
 
+# %% ../../nbs/lab/e_recipes.ipynb #428cd188
 def load_recipe(name: Any, /, **overrides: Any) -> Recipe:
     """The recipe `name` (or a path to a .yaml) with `overrides`.
 
@@ -93,7 +96,7 @@ def load_recipe(name: Any, /, **overrides: Any) -> Recipe:
     return _recipe({**values, **{k: v for k, v in overrides.items() if v is not None
                                  or "None" in kinds.get(k, "None")}}, f"recipe {path.stem}")
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #3b1d6b1f
 def _with_base(path, above=()) -> dict:
     """What the file `path` says, over what its `base` says: a recipe that is shipped, or a file beside it.
 
@@ -109,12 +112,12 @@ def _with_base(path, above=()) -> dict:
         raise ValueError(f"recipe {path.stem}: its base {base} stands on it: {names}")
     return {**_with_base(beside, chain), **values}
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #b4ed84ad
 def kinds_of_keys() -> dict:
     "{key of a recipe: its type, as a word}"
     return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Recipe)}
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #d8e1ae4d
 def _recipe(values, where):
     "A Recipe of `values`, each checked"
     kinds, later = kinds_of_keys(), [f.name for f in fields(Recipe) if f.default is not MISSING]
@@ -137,13 +140,13 @@ def _recipe(values, where):
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
     return r
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #ea0b38bd
 def must_be(key: str, v: object, allowed: Iterable) -> str:
     near = nearest(v, allowed)
     "The words of an error for a value that is none of `allowed`, with the near one if there is one"
     return f"{key}={v!r} must be one of {', '.join(map(str, allowed))}{f'; did you mean {near!r}?' if near else ''}"
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #ff76fae5
 def _typed(key, kind, v):
     "`v` as the field wants it; ValueError if it is something else"
     if v is None and "None" in kind: return None
@@ -166,7 +169,7 @@ def _typed(key, kind, v):
     raise ValueError(f"{key}={v!r} should be "
                      f"{kind.replace(' | None', ', or null')}{', and finite' if number and 'float' in kind else ''}")
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #75930d7f
 class _Yaml(yaml.SafeLoader):
     "YAML whose 1e-3 is a number, as everywhere else, and whose mappings have no key twice"
     def construct_mapping(self, node, deep=False):
@@ -177,10 +180,11 @@ class _Yaml(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #63debd83
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
                             list("-+.0123456789"))
 
+# %% ../../nbs/lab/e_recipes.ipynb #a9d2365d
 def parse_yaml(text: str, where: object) -> Any:
     "What the YAML `text` says; ValueError names place and line where it is none"
     try: return yaml.load(text, _Yaml)
@@ -191,7 +195,7 @@ def parse_yaml(text: str, where: object) -> Any:
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{where}: not YAML that can be read, {e}") from None
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #26b05b01
 def _read_yaml(path) -> dict:
     "The mapping in the file `path`; ValueError names it where there is none"
     try: found = parse_yaml(path.read_text(), path)
@@ -214,7 +218,7 @@ def changes(recipe: Recipe | dict, but: Iterable[str] = ()) -> dict:
     free = {"name", "model", "test_epochs", "precision", "compile", "channels_last", *but}
     return {k: have[k] for k, v in says.items() if k not in free and k in have and have[k] != v}
 
-
+# %% ../../nbs/lab/e_recipes.ipynb #5458e5f2
 def label(recipe: Recipe | dict, but: Iterable[str] = ()) -> str:
     "'cifar', or 'cifar, epochs=8' where that is not the recipe's own; arguments as in `changes`"
     return ", ".join([recipe.name if isinstance(recipe, Recipe) else recipe["name"],

@@ -39,7 +39,7 @@ def _cpu():
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), platform.processor()
                 or platform.machine())
 
-
+# %% ../../nbs/lab/a_records.ipynb #e5ff8dce
 def where(seconds: float = 0.) -> dict:
     "Hardware, threads, versions and commit: the part of a record that may differ between two makings of the same run"
     cuda = torch.cuda.is_available()
@@ -52,10 +52,9 @@ def where(seconds: float = 0.) -> dict:
 
 # %% ../../nbs/lab/a_records.ipynb #5c0a1e02
 class BrokenOff(RuntimeError): "Work that cannot go on, through no fault of what was asked; a command line ends with 1"
-
-
 _PACKAGES = dict(sklearn="scikit-learn", PIL="pillow", yaml="pyyaml")        # where pip's name is another
 
+# %% ../../nbs/lab/a_records.ipynb #a8c70765
 def one_line(e: BaseException) -> str:
     "What a user should read of an error: no traceback, no errno"
     if isinstance(e, ImportError) and e.name:
@@ -68,7 +67,7 @@ def one_line(e: BaseException) -> str:
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     return text
 
-
+# %% ../../nbs/lab/a_records.ipynb #4724c4d2
 class _Outlives:
     "A stream that outlives its reader: what comes after the pipe was closed goes nowhere. `lost`: why else it did"
     def __init__(self, stream): self.stream, self.lost = stream, ""
@@ -85,7 +84,7 @@ class _Outlives:
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
 
-
+# %% ../../nbs/lab/a_records.ipynb #4868aa22
 def command_line(main: Callable[[list | None], int]) -> Callable[..., int]:
     """A `main(argv) -> exit code` that ends in one of two ways: the work done, or a line on stderr and a code.
 
@@ -110,7 +109,7 @@ def command_line(main: Callable[[list | None], int]) -> Callable[..., int]:
         return code
     return ended
 
-
+# %% ../../nbs/lab/a_records.ipynb #256ec906
 class Parser(argparse.ArgumentParser):
     "argparse's, whose own errors are ValueErrors too, whose options have one name each, and whose words are not empty"
     def __init__(self, **kwargs): super().__init__(allow_abbrev=False, **kwargs)
@@ -133,7 +132,7 @@ def compiler_cache() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor-")
         warnings.warn(f"{e}; going on with a temporary one", stacklevel=3)
 
-
+# %% ../../nbs/lab/a_records.ipynb #381db31e
 def writable(folder: Path | str, named: str) -> Path:
     """`folder`, if files can be written below it; nothing is left there.
 
@@ -154,6 +153,7 @@ def writable(folder: Path | str, named: str) -> Path:
 EXPERIMENTS = ("search train step_cost train_speed max_batch throughput ptq qat spread int8 ablation transfer detect "
                "segment interrupt").split()
 
+# %% ../../nbs/lab/a_records.ipynb #f492d18c
 def make_record(experiment: str, asked: dict, metrics: dict, epochs: Iterable[dict] = (), seconds: float = 0.,
                 status: str = "done") -> dict:
     """A record as it is written: `asked` what the run was told, `metrics` what it found (accuracies in percent), a row
@@ -162,7 +162,7 @@ def make_record(experiment: str, asked: dict, metrics: dict, epochs: Iterable[di
     return dict(format=FORMAT, id=run_id(asked), experiment=experiment, status=status, asked=asked, metrics=metrics,
                 epochs=list(epochs), where=where(seconds))
 
-
+# %% ../../nbs/lab/a_records.ipynb #59d4492a
 def write_atomic(path: Path | str, data: bytes) -> Path:
     "Write `data` to `path` whole or not at all: same folder, fsync, rename"
     path = Path(path)
@@ -177,14 +177,14 @@ def write_atomic(path: Path | str, data: bytes) -> Path:
     finally: tmp.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/lab/a_records.ipynb #d2335c38
 def file_name(record: dict) -> str:
     "<experiment>-<recipe>-<id>.json: a record has one name, so that a copy is seen to be one"
     recipe = record["asked"].get("recipe", {})
     recipe = recipe.get("name", "none") if isinstance(recipe, dict) else recipe
     return f"{record['experiment']}-{recipe}-{record['id']}.json"
 
-
+# %% ../../nbs/lab/a_records.ipynb #e2bd676f
 def write(record: dict, out: Path | str, arrays: Mapping[str, np.ndarray] | None = None) -> Path:
     "`<out>/runs/<file_name>`; `arrays` beside it as .npz. Returns the path. ValueError as in `check`."
     path = Path(out)/"runs"/file_name(check(record))
@@ -198,6 +198,7 @@ _FIELDS = dict(format=int, id=str, experiment=str, status=str, asked=dict, metri
 _ASKED = dict(recipe=(dict, str), model=str, mode=str, optimizer=str, seed=int, data=dict)
 _TEXTS = ("scales", "layout")                                                # metrics that are no numbers
 
+# %% ../../nbs/lab/a_records.ipynb #eb13915a
 def check(record: object) -> dict:
     "`record`, if it is as `make_record` makes them; ValueError says which field is not."
     if not isinstance(record, dict) or record.get("format") is not FORMAT or not _FIELDS.keys() <= record.keys():
@@ -221,14 +222,14 @@ def check(record: object) -> dict:
         _numbers(row, f"epochs[{i}]")
     return record
 
-
+# %% ../../nbs/lab/a_records.ipynb #718a4279
 def _typed(have, kinds, place):
     for k, kind in kinds.items():
         if k in have and (not isinstance(have[k], kind) or isinstance(have[k], bool)):
             kinds = " or ".join(t.__name__ for t in (kind if isinstance(kind, tuple) else (kind,)))
             raise ValueError(f"{place}{k}={str(have[k])[:40]!r} should be {kinds}")
 
-
+# %% ../../nbs/lab/a_records.ipynb #a9bd055e
 def _numbers(value, place):
     "ValueError unless all that is in `value` is finite numbers, and accuracies are percentages"
     if isinstance(value, dict):
@@ -248,7 +249,7 @@ def lookup(record: dict, key: str) -> object:
     for k in key.split("__"): value = value.get(k) if isinstance(value, dict) else None
     return value
 
-
+# %% ../../nbs/lab/a_records.ipynb #8ea4a307
 def load(path: Path | str) -> dict:
     "The record in the file `path`, whose name is its own, and `path` besides. ValueError names the file that is none."
     record, path = read(path), Path(path)
@@ -256,7 +257,7 @@ def load(path: Path | str) -> dict:
         raise ValueError(f"{path} is not a record: its name would be {own}: a copy counts once, remove it")
     return {**record, "path": str(path)}
 
-
+# %% ../../nbs/lab/a_records.ipynb #fc3041d6
 def read(path: Path | str) -> dict:
     "The record in the file `path`, whatever that is called. ValueError as of `load`."
     path = Path(path)
@@ -265,7 +266,7 @@ def read(path: Path | str) -> dict:
     except (ValueError, RecursionError) as e:  # JSON's own errors, and bytes that are no text
         raise ValueError(f"{path} is {'' if str(e).startswith('not a') else 'not a record: '}{e}") from None
 
-
+# %% ../../nbs/lab/a_records.ipynb #c919889f
 def _once(pairs):
     found = {}
     for k, v in pairs:
@@ -281,7 +282,7 @@ def load_all(out: Path | str = "figures") -> list[dict]:
     "All records below `<out>/runs`, in the order of their names. ValueError as in `load`."
     return [load(p) for p in sorted((Path(out)/"runs").glob("*.json")) if not p.name.startswith(".")]
 
-
+# %% ../../nbs/lab/a_records.ipynb #9ff228f0
 def arrays(record: dict) -> dict:
     "{name: array} of the .npz beside a record that was loaded. ValueError names a file that is not there, or damaged."
     path = Path(record["path"]).with_suffix(".npz")
@@ -292,7 +293,7 @@ def arrays(record: dict) -> dict:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path} is damaged ({e}): make the run again") from None
 
-
+# %% ../../nbs/lab/a_records.ipynb #d2b7623b
 def find(experiment: str, out: Path | str = "figures", **asked) -> list[dict]:
     """Finished records of `experiment` whose `asked` has these values; a callable value is asked.
 

@@ -22,6 +22,8 @@ from ..models import count, create_model, initial_scales
 from .int8 import figure3, figure5
 from .plots import figure1, figure2, save, style
 from .timing import TABLE3
+
+# %% ../../nbs/07_paper.ipynb #3103a2f3
 from .records import command_line, mean_std, paper_table, Parser, write_atomic
 from .recipes import changes, label
 
@@ -32,6 +34,7 @@ IDENTICAL = ("imagenet", "imagenet_se", "imagenet_vgg16", *(f"imagenet_efficient
 ORDER = (*IDENTICAL, "cifar", "cifar_paper", "tiny", "digits", "gpu", "cpu")
 QUANTIZED = (*ORDER[:-3], "cifar_narrow", "digits")  # and in the tables of quantization, of these
 
+# %% ../../nbs/07_paper.ipynb #ec7a5704
 @dataclass(frozen=True)
 class Query:
     """Records of `experiment` by what was `asked`.
@@ -45,7 +48,7 @@ class Query:
     stand_in: bool = False       # may the digits net stand for B1 (or the GhostNet for width 0.5)?
     recipes: tuple = ORDER
 
-
+# %% ../../nbs/07_paper.ipynb #2e10a312
 def query(experiment: str, metric: str, same: Iterable[str] = ("imagenet",), stand_in: bool = False,
           recipes: tuple = ORDER, **asked) -> Query:
     "A Query, `asked` by words as in `records.find`"
@@ -81,7 +84,7 @@ def answer(q: Query, found: list) -> dict:
                         and "2080 Ti" not in hardware else "same", record=" ".join(r["id"] for r in mine))
     return dict(ours=None, std=None, n=0, recipe="", hardware="", status="not run", record="")
 
-
+# %% ../../nbs/07_paper.ipynb #b8a8e535
 def _one_setting(rows):
     """Of records that differ in more than the seed, those of the setting with most seeds (then most epochs): a mean is
     over seeds alone."""
@@ -100,6 +103,8 @@ B1: dict[str, Any] = dict(model="repoptvgg_b1")
 SMALL: dict[str, Any] = dict(stand_in=True)
 INT8: dict[str, Any] = dict(stand_in=True, recipes=QUANTIZED)
 SEARCHES = ("cifar", "cifar_paper")
+
+# %% ../../nbs/07_paper.ipynb #ef2c350f
 # has the net its batch norms?
 qat_as: dict[bool, dict[str, Any]] = {True: dict(weights="per_channel", norms="own", rate=.1),
                                       False: dict(weights="per_channel", norms="none", rate=.01)}
@@ -160,7 +165,7 @@ def _net_of(row: str) -> str:
                          ("-SE", "_se")): row = row.replace(theirs, ours)
     return row.lower()
 
-
+# %% ../../nbs/07_paper.ipynb #e20508b9
 @register_table(3)
 def _other_nets() -> dict:
     out = {}
@@ -185,7 +190,7 @@ def _optimizers() -> dict:
                 dict(optimizer="sgd", reinitialize=True, scales_from=searched)}
     return {(row, "Top-1"): query("train", "top1", **SMALL, **B1, **arm) for row, arm in arms.items()}
 
-
+# %% ../../nbs/07_paper.ipynb #2e7bd9b7
 @register_table(6)
 def _strides() -> dict:
     strides = {row: None if row == "2, 2, 2, 2, 2" else [int(s) for s in row.split(",")] for row in paper_table(6)}
@@ -196,10 +201,11 @@ def _strides() -> dict:
 KINDS: dict[str, dict[str, Any]] = {"RepOpt-VGG-B1": B1 | dict(optimizer="repsgd"),
                                     "RepVGG-B1": dict(model="repvgg_b1"), "RepVGG-1": dict(model="repvgg_b1")}
 
+
 def _ptq(row: str) -> Query:
     return query("ptq", "top1", **INT8, weights="per_channel", activations=histogram, **KINDS[row])
 
-
+# %% ../../nbs/07_paper.ipynb #bbd6285a
 @register_table(8)
 def _quantized() -> dict:
     out = {}
@@ -223,7 +229,7 @@ def _starts() -> dict:
              for row, how in (("all 1", "ones"), ("sqrt(2/l)", "sqrt2l"))}
     return found | {("sqrt(2/l)", "Target Top-1"): query("train", "top1", **SMALL, **B1, **rep, scales_from=searched)}
 
-
+# %% ../../nbs/07_paper.ipynb #d6e05d2a
 @register_table(11)
 def _spreads() -> dict:
     out = {}
@@ -233,7 +239,7 @@ def _spreads() -> dict:
             out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", **INT8, **arm)
     return out
 
-
+# %% ../../nbs/07_paper.ipynb #19670eb3
 @register_table(12)
 def _ghosts() -> dict:
     arms = {"RepGhostNet-0.5x": dict(model="repghostnet_050", **plain),
@@ -259,8 +265,10 @@ def table(number: int, found: list) -> list:
 # %% ../../nbs/07_paper.ipynb #0519fee7
 FIELDS = ("row", "column", "paper", "ours", "std", "n", "recipe", "hardware", "status", "record")
 
+
 def _number(v): return "" if v is None else f"{v:.4g}" if abs(v) < 1 else f"{v:.2f}".rstrip("0").rstrip(".")
 
+# %% ../../nbs/07_paper.ipynb #f10ce5df
 def to_csv(rows: list[dict]) -> str:
     "The rows of `table` as they are written to figures/"
     s = io.StringIO()
@@ -271,7 +279,7 @@ def to_csv(rows: list[dict]) -> str:
                     else repr(round(r["std"], 6))})
     return s.getvalue()
 
-
+# %% ../../nbs/07_paper.ipynb #4530c773
 def to_markdown(rows: list[dict], title: str = "") -> str:
     "The table as a reader sees it: 'paper / ours ± std (n, recipe)', one line a row of the paper"
     columns = list(dict.fromkeys(r["column"] for r in rows))
@@ -298,6 +306,7 @@ ARMS: dict[str, dict[str, Any]] = {"RepOpt-VGG, plain SGD": dict(model="repoptvg
         "RepOpt-VGG, RepSGD, searched": dict(model="repoptvgg_b1", **rep, scales_from=searched),
         "RepVGG, SGD": dict(model="repvgg_b1", **plain)}
 
+# %% ../../nbs/07_paper.ipynb #894c9316
 def results(found: list[dict], recipe: str) -> str:
     "The main comparison at one recipe, as Markdown: five arms, fp32 and INT8, with spread"
     mine = [r for r in found if records.lookup(r, "recipe__name") == recipe]
@@ -322,7 +331,7 @@ def _by_stage(ax, model: str, means, title: str):
     ax.set_xticks([a for a, _ in stages], [f"stage {k}" for k in range(len(stages))], rotation=90)
     ax.set_xlabel("")
 
-
+# %% ../../nbs/07_paper.ipynb #b0d9980d
 @style()
 def figures(found: list[dict]) -> dict:
     """{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 4 at initialisation,

@@ -20,6 +20,8 @@ from .records import compiler_cache, unknown, writable
 from .data import load_data
 from .distributed import die_with_parent, joined, launch, launched
 from ..scales import Scales
+
+# %% ../../nbs/lab/g_runs.ipynb #228158c1
 from .recipes import Recipe, RECIPES, must_be, as_lists, resolve
 from .loop import make
 from .training import OPTIMIZERS, TrainingError, build_model
@@ -54,7 +56,7 @@ class Run:
                              "Make the run again with --restart") from None
         return model.eval()
 
-
+# %% ../../nbs/lab/g_runs.ipynb #da8e665c
 def finished(folder) -> Run:
     "The finished run in `folder`. ValueError where its record is damaged."
     try: return Run(folder.name, records.read(folder/"record.json"), folder)
@@ -104,7 +106,7 @@ def run(recipe, model=None, mode="target", optimizer=None, scales=None, seed=0, 
         if out and world.first: _leave(done, out)
     return done
 
-
+# %% ../../nbs/lab/g_runs.ipynb #6b58038e
 def _writable(out) -> None:
     "ValueError where the first process could not write its run, or its record to `out`"
     if os.environ.get("RANK", "0") != "0": return
@@ -112,7 +114,7 @@ def _writable(out) -> None:
     writable(build_folder()/"runs", named)
     if out: writable(Path(out)/"runs", "--out")
 
-
+# %% ../../nbs/lab/g_runs.ipynb #3fe0181b
 def _once(asked, recipe, scales, loaded, device, world, resume, save_seconds, quiet) -> Run:
     "The run that was asked for, found finished or made"
     folder = build_folder()/"runs"/records.run_id(asked)
@@ -123,14 +125,14 @@ def _once(asked, recipe, scales, loaded, device, world, resume, save_seconds, qu
             make(folder, asked, recipe, scales, loaded, device, world, save_seconds, quiet)
         return Run(folder.name, world.from_first(world.first and finished(folder).record), folder)
 
-
+# %% ../../nbs/lab/g_runs.ipynb #ad87bfba
 def _leave(done, out) -> None:
     try: records.write(done.record, out, done.arrays)
     except OSError as e:
         raise TrainingError(f"the record of run {done.id} could not be written to {out}: {e.strerror}. The run "
                             f"is kept in {done.folder}: call again") from None
 
-
+# %% ../../nbs/lab/g_runs.ipynb #129c87ef
 def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_seconds, gpus, nodes, broken) -> float:
     "The seconds between checkpoints. ValueError for anything that no run can be asked, before a thing is made."
     if optimizer not in OPTIMIZERS: raise ValueError(unknown("optimizer", optimizer, OPTIMIZERS))
@@ -162,7 +164,7 @@ def _sensible(recipe, mode, optimizer, scales, seed, reinitialize, device, save_
     except (TypeError, ValueError): pass
     raise ValueError(f"{named}={given!r} must be a number of seconds, at least 0")
 
-
+# %% ../../nbs/lab/g_runs.ipynb #e29e9687
 def _takes(recipe, name, mode, channels):
     "ValueError where there is no such net, or it does not take the recipe's images"
     with torch.device("meta"): net = build_model(name, mode, replace(recipe, channels_last=False), channels).eval()
@@ -207,14 +209,14 @@ def arguments(recipe: Recipe, model, mode="target", optimizer=None, scales=None,
     if scales is not None and reinitialize is False: words.append("--keep-init")
     return words if resume else [*words, "--restart"]
 
-
+# %% ../../nbs/lab/g_runs.ipynb #38c21093
 def _recipe_file(recipe):
     "The name of a shipped recipe, or a file with this one"
     if (RECIPES/f"{recipe.name}.yaml").exists(): return recipe.name
     text = yaml.safe_dump({k: v for k, v in as_lists(asdict(recipe)).items() if k != "name"})
     return records.write_atomic(build_folder()/"recipes"/f"{recipe.name}.yaml", text.encode())
 
-
+# %% ../../nbs/lab/g_runs.ipynb #6ae6168e
 def _in_processes(args, gpus, nodes, quiet):
     "The run that `args` makes, in many processes"
     code, lines = launch(args, gpus, nodes, **({"echo": lambda line: None} if quiet else {}))
@@ -234,7 +236,7 @@ def in_worker(call):
     finally:
         if os.getppid() != parent: os._exit(75)  # and do not wait for calls that nobody can make any more
 
-
+# %% ../../nbs/lab/g_runs.ipynb #ef5ce293
 def each(calls: list, jobs: int = 2) -> list:
     """`[f(*args, **kwargs) for f, args, kwargs in calls]`, `jobs` at a time in processes with one thread each.
 
@@ -242,7 +244,7 @@ def each(calls: list, jobs: int = 2) -> list:
     if jobs < 2 or len(calls) < 2 or torch.cuda.is_available(): return [f(*args, **kwargs) for f, args, kwargs in calls]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool: return list(pool.map(in_worker, calls))
 
-
+# %% ../../nbs/lab/g_runs.ipynb #2807d246
 def run_all(asked: list, jobs: int = 2) -> list:
     "`[run(**a) for a in asked]`, by `each`; one after the other where a run has many processes"
     return each([(run, (), a) for a in asked], 1 if any(a.get("gpus", 1)*a.get("nodes", 1) > 1 for a in asked)

@@ -20,6 +20,8 @@ from .memory import GB, max_batch, predict, room
 from .timing import (PRECISIONS, TABLE3, Work, accelerator, build, ceilings, clock_mhz, flops, interleaved, quartiles,
                                silent, summary)
 from ..models import SHAPES, create_model, initial_scales
+
+# %% ../../nbs/05a_speed.ipynb #c0f49417
 from ..optim import RepAdamW, RepSGD, param_groups
 
 # %% ../../nbs/05a_speed.ipynb #f1f214d4
@@ -31,7 +33,7 @@ def speedup(ours: np.ndarray, baseline: np.ndarray, reference: np.ndarray | None
     return dict(speedup=ratio, speedup_quartiles=q, over_timm=timm, counts=None if timm is None
                 else abs(timm - 1) <= .03)
 
-
+# %% ../../nbs/05a_speed.ipynb #873ec80f
 def has_timm(shape: str) -> bool:
     "Is timm there, and has it this RepVGG?"
     if importlib.util.find_spec("timm") is None: return False
@@ -60,7 +62,7 @@ def pair(shape: str, size: int = 224, compiled: bool = False) -> list:
     names = [f"repvgg_{shape}", f"repoptvgg_{shape}"] + [f"timm/repvgg_{shape}"] * (not compiled and has_timm(shape))
     return [Work(n, 1, size, compiled=compiled) for n in names]
 
-
+# %% ../../nbs/05a_speed.ipynb #fb46e2cf
 def _alone(works, rounds, warmup, tick) -> np.ndarray:
     "Rows that need the whole card: each is built for its calls and let go again, round by round"
     times = np.zeros((rounds, len(works)))
@@ -110,7 +112,7 @@ VARIANTS = {
     "RepAdamW, compiled": lambda g, s: RepAdamW(g, lr=1e-6, scales=s, compiled=True)}
 LAYOUTS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 
-
+# %% ../../nbs/05a_speed.ipynb #31ca6176
 def _optimizers(name, device, layouts):
     "[(variant, layout, optimizer)]; the variants of a layout share parameters and gradients, each has its own state"
     out, scales = [], initial_scales(name)
@@ -120,7 +122,7 @@ def _optimizers(name, device, layouts):
         out += [(v, layout, make(param_groups(model, 4e-5), scales)) for v, make in VARIANTS.items()]
     return out
 
-
+# %% ../../nbs/05a_speed.ipynb #5c04b8c5
 def extra_bytes(opt: torch.optim.Optimizer) -> int:
     "What a RepOptimizer holds beyond torch's state for the same parameters: its constants and masks"
     return getattr(opt, "extra_bytes", 0)
@@ -222,7 +224,7 @@ def _whole(named, text) -> int:
     except ValueError: pass
     raise ValueError(f"{named}={text} must be a whole number, at least 1")
 
-
+# %% ../../nbs/05a_speed.ipynb #f46086e2
 def arguments(argv: list | None = None) -> Namespace:
     """The command line, with what this machine makes of the defaults.
 
@@ -302,7 +304,7 @@ def _largest(t: Training, names: list, tick: Callable) -> Iterator[dict]:
 
 def _key(t: Training, name: str) -> tuple: return name, t.size, t.precision.replace("tf32", "fp32"), t.cap
 
-
+# %% ../../nbs/05a_speed.ipynb #d49caea3
 def _train(t: Training, tick: Callable) -> Iterator[dict]:
     works = pair(t.shape, t.size, t.compiled)
     names = [w.name for w in works[:2]]
@@ -320,7 +322,7 @@ def _training(t: Training) -> Job:
     return Job(f"train {t.shape}, {t.size} pixels, {t.precision}{more}",
                2 + len(t.batches)*(t.rounds + 2)*len(pair(t.shape, t.size, t.compiled)), partial(_train, t))
 
-
+# %% ../../nbs/05a_speed.ipynb #1318f6e9
 def _inference(a: Namespace, precision: str, compiled: bool = False) -> list:
     if not a.infer: return []
     def make(tick):
@@ -383,7 +385,7 @@ def _do(job: Job, tick: Progress) -> int:
     tick.done = at + job.calls
     return made
 
-
+# %% ../../nbs/05a_speed.ipynb #4e79e857
 def shared() -> int:
     "Bytes of the GPU that another process holds, if they are more than a desktop's: 1 GB"
     if accelerator() != "cuda": return 0

@@ -38,7 +38,7 @@ def milliseconds(fn: Callable, device: str) -> float:
 # %% ../../nbs/lab/h_1_timing.ipynb #c1910005
 def silent() -> None: "What is called after each timed call where no progress is shown"
 
-
+# %% ../../nbs/lab/h_1_timing.ipynb #824f78ad
 def interleaved(calls: list, rounds: int, device: str = "cpu", warmup: int = 2, tick: Callable = silent) -> np.ndarray:
     "`[rounds, len(calls)]` milliseconds: each round makes every call once. `tick` is called after each."
     times, before = np.zeros((rounds, len(calls))), torch.backends.cudnn.benchmark
@@ -73,7 +73,7 @@ TABLE3 = {"repoptvgg_b1": (224, 128), "efficientnet_b2": (260, 128), "repoptvgg_
           "repoptvgg_l2": (224, 128), "efficientnet_b3": (300, 128),
           "repoptvgg_l2_se": (320, 64), "efficientnet_b4": (380, 64), "efficientnet_b5": (456, 64)}
 
-
+# %% ../../nbs/lab/h_1_timing.ipynb #6494c4a8
 def build(name: str) -> nn.Module:
     """A model by name: ours, torchvision's of Table 3, or `timm/<name>`.
 
@@ -97,7 +97,7 @@ def scales_of(name: str) -> Scales | None:
     "The scales that a net of this name begins with; None where it has none"
     return initial_scales(name) if name.startswith("repoptvgg") else None
 
-
+# %% ../../nbs/lab/h_1_timing.ipynb #97324bbf
 def optimizer(model: nn.Module, scales: Scales | None = None, plain: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimizer: RepSGD where there are scales (`plain`: as torch's SGD on multiplied gradients, which
     runs without memory, too), torch's SGD, fused, where there are none."""
@@ -262,7 +262,7 @@ def _profiled(fn, device) -> dict:
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     return {e.key: getattr(e, own)/1e3 for e in prof.key_averages()}
 
-
+# %% ../../nbs/lab/h_1_timing.ipynb #79587305
 def _parts_once(work: Work) -> dict:
     step, work.opt.step = work.opt.step, silent
     try: ops = _profiled(work, work.device)
@@ -272,7 +272,7 @@ def _parts_once(work: Work) -> dict:
         return out | {"optimizer": sum(_profiled(work.opt.step, work.device).values()),
                       "other": sum(ops.values()) - sum(out.values())}
 
-
+# %% ../../nbs/lab/h_1_timing.ipynb #c844903f
 def parts(work: Work, rounds: int = 3) -> dict:
     "Milliseconds of a training step by what they are spent on: the median of `rounds` profiled ones"
     work()

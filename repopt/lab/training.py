@@ -20,6 +20,8 @@ from .data import load_data
 from .distributed import World, buffers_of_first
 from ..repghost import create_model                                    # those of `models`, with RepGhostNets too
 from ..optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups, rep_optimizer
+
+# %% ../../nbs/lab/f_training.ipynb #bc751a6d
 from .recipes import Recipe, resolve
 
 # %% ../../nbs/lab/f_training.ipynb #95f8ba77
@@ -41,7 +43,7 @@ def _adaptive(cls, **more):
     "Torch's own betas and eps; no momentum of the recipe's"
     return lambda g, r, **rep: cls(g, lr=r.lr, **more, **rep)
 
-
+# %% ../../nbs/lab/f_training.ipynb #ef909003
 register_optimizer("sgd", _like_sgd(torch.optim.SGD, fused=True))
 register_optimizer("repsgd", _like_sgd(RepSGD))
 register_optimizer("adamw", _adaptive(torch.optim.AdamW, fused=True))
@@ -51,7 +53,7 @@ register_optimizer("rmsprop", _adaptive(torch.optim.RMSprop, foreach=True))
 register_optimizer("adafactor", _adaptive(torch.optim.Adafactor))
 register_optimizer("repadafactor", _adaptive(rep_optimizer(torch.optim.Adafactor)))
 
-
+# %% ../../nbs/lab/f_training.ipynb #60a4e1eb
 def make_optimizer(name: str, model: nn.Module, recipe: Recipe, scales=None):
     """The optimizer `name` over `param_groups(model)`.
 
@@ -73,7 +75,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         rest = [F.batch_norm(c, None, None, self.weight, self.bias, True, 0., self.eps) for c in rest]
         return torch.cat([super().forward(first), *rest])
 
-
+# %% ../../nbs/lab/f_training.ipynb #c5e111ed
 def split_batch_norm(model: nn.Module, size: int) -> nn.Module:
     "Let every BatchNorm2d of `model` normalise groups of `size` images, in place."
     for m in model.modules():
@@ -84,7 +86,7 @@ def split_batch_norm(model: nn.Module, size: int) -> nn.Module:
 class TrainingError(BrokenOff):
     "A run that cannot go on; the message says where its last good state is and what may help"
 
-
+# %% ../../nbs/lab/f_training.ipynb #f7047733
 def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Tensor:
     """Forward, backward, clip, update. Returns the loss, nan where a gradient is not finite.
 
@@ -107,7 +109,7 @@ def train_step(model, opt, x, y, recipe: Recipe, check: bool = True) -> torch.Te
     opt.step()
     return seen
 
-
+# %% ../../nbs/lab/f_training.ipynb #9a00987d
 def averaging(model: nn.Module, decay: float | None):
     """(a copy of `model`, a function that moves the copy towards it by 1 - `decay`).
 
@@ -166,7 +168,7 @@ def load_weights(weights, recipe: Recipe, model=None, mode="target", in_chans: i
         raise ValueError(f"{weights} does not fit {model or recipe.model} in mode {mode}: {e}. Name the net by "
                          f"--model, and --mode csla or hs for one with branches") from None
 
-
+# %% ../../nbs/lab/f_training.ipynb #181eb473
 def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="target") -> dict:
     "Top-1 and loss of the weights in a file on the test set of `recipe`. Errors as in `load_weights`."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -179,7 +181,7 @@ def evaluate_weights(weights, recipe, model=None, data=None, device=None, mode="
 # the other nets of Table 3, as torchvision has them
 FOREIGN = dict(vgg16="vgg16_bn", **{f"efficientnet_b{i}": f"efficientnet_b{i}" for i in range(8)})
 
-
+# %% ../../nbs/lab/f_training.ipynb #0a448c83
 def build_model(name, mode, recipe: Recipe, in_chans: int, scales=None) -> nn.Module:
     """The net that `recipe` trains: one of `create_model`, or of Table 3 from torchvision.
 

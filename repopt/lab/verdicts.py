@@ -27,7 +27,7 @@ class Interval:
         "Half of the interval's width"
         return (self.high - self.low)/2
 
-
+# %% ../../nbs/lab/k_verdicts.ipynb #a5377e87
 def interval(values: Sequence[float], level: float = .95) -> Interval:
     """Student's interval of the mean of `values`, one for each seed.
 
@@ -52,7 +52,7 @@ class Verdict:
     why: str
     interval: Interval | None = None
 
-
+# %% ../../nbs/lab/k_verdicts.ipynb #8d95db0e
 def difference(values: Sequence[float], delta: float = DELTA) -> Verdict:
     """Is the mean of the paired differences `values`, in the paper's direction, above zero?
 
@@ -87,7 +87,7 @@ def order(verdicts: dict) -> Verdict:
         return Verdict(UNDECIDED, f"undecided: {', '.join(open_)}")
     return Verdict(SUPPORTED, "every pair is")
 
-
+# %% ../../nbs/lab/k_verdicts.ipynb #bb834bde
 def ratio(values: Sequence[float], paper: float | None = None) -> Verdict:
     """Are the `values`, ratios of one seed or round each, above 1; with `paper`: within a factor √2 of it?
 
@@ -124,14 +124,14 @@ def seeds_to_decide(i: Interval, delta: float = DELTA, most: int = 1000) -> int 
     far = max(i.mean, delta - i.mean)                                        # from the end that decides
     return next((n for n in range(2, most + 1) if t.ppf(.975, n - 1)*i.std/sqrt(n) < far), None)
 
-
+# %% ../../nbs/lab/k_verdicts.ipynb #88886e5e
 def p_value(values: Sequence[float]) -> float:
     "How often, were the true difference 0, a mean this far above 0 would be seen (one-sided t-test)"
     from scipy.stats import t
     i = interval(values)
     return float(t.sf(i.mean/(i.std/sqrt(i.n)), i.n - 1)) if i.std else float(i.mean <= 0)
 
-
+# %% ../../nbs/lab/k_verdicts.ipynb #7f7288da
 def holm(p: Sequence[float], level: float = .025) -> list:
     """Which of the p-values `p` stand together at `level`, by Holm's step-down correction: a list of bools.
 
