@@ -21,7 +21,7 @@ from . import evidence, records
 from .evidence import choice, made, protocol, search_of, sweep
 from .plots import save, style
 from .proofs import prove
-from .records import command_line, Parser, lookup, unknown, write_atomic
+from .records import command_line, Parser, lookup, metric, unknown, write_atomic
 
 # %% ../../nbs/lab/m_claims.ipynb #447f3de1
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm,
@@ -97,12 +97,6 @@ def unmoved(done: dict, setting: str, arms: tuple[str, ...]) -> str:
                 return f"the scales did not move: {k} {mean:.2f}, below {v}"
     return ""
 
-# %% ../../nbs/lab/m_claims.ipynb #cl17
-def _metric(record, path):
-    value = record["metrics"]
-    for k in path.split("/"): value = value.get(k) if isinstance(value, dict) else None
-    return value
-
 # %% ../../nbs/lab/m_claims.ipynb #7a2afe23
 def _asked(found, claim, side, setting):
     """{seed: record} of one side of a claim about other experiments in one setting, of one making.
@@ -129,8 +123,8 @@ def measured(found: list, claim: dict, setting: str) -> tuple:
     over = _asked(found, claim, "over", setting) if claim.get("over") else None
     values, used = [], []
     for seed in sorted(of if over is None else of.keys() & over.keys()):
-        a = _metric(of[seed], claim["metric"])
-        b = 0. if over is None else _metric(over[seed], claim.get("over_metric", claim["metric"]))
+        a = metric(of[seed], claim["metric"])
+        b = 0. if over is None else metric(over[seed], claim.get("over_metric", claim["metric"]))
         if a is None or b is None: continue
         values.append(a/b if claim["rule"] == "ratio" else a - b)
         used += [of[seed]["id"]] + ([] if over is None else [over[seed]["id"]])

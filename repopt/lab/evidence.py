@@ -45,6 +45,7 @@ def search_of(setting: str, arm: str) -> str | None:
     return None if name in (None, "ones", "sqrt2l") else name
 
 # %% ../../nbs/lab/l_evidence.ipynb #d8f638cc
+@cache
 def digest(setting: str, arm: str) -> str:
     """Of all that the protocol and its recipes say about the runs of one arm, or of one search by its recipe's name.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'EXPERIMENTS', 'PAPER', 'run_id', 'where', 'BrokenOff', 'one_line', 'command_line', 'Parser',
-           'compiler_cache', 'writable', 'make_record', 'write_atomic', 'file_name', 'write', 'check', 'lookup', 'load',
-           'read', 'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'project', 'main']
+           'compiler_cache', 'writable', 'make_record', 'write_atomic', 'file_name', 'write', 'check', 'lookup',
+           'metric', 'load', 'read', 'load_all', 'arrays', 'find', 'mean_std', 'paper_table', 'project', 'main']
 
 # %% ../../nbs/lab/a_records.ipynb #0d7ec299
 import argparse, contextlib, hashlib, io, json, math, os, platform, subprocess, sys, tempfile, warnings, zipfile
@@ -247,6 +247,13 @@ def lookup(record: dict, key: str) -> object:
     "`record['asked'][a][b]` for `key='a__b'`; None where it is not there"
     value = record["asked"]
     for k in key.split("__"): value = value.get(k) if isinstance(value, dict) else None
+    return value
+
+
+def metric(record: dict, path: str) -> Any:
+    "The metric of a record by its path, as 'sampled/kernel/overall'; None where it has none"
+    value = record["metrics"]
+    for k in path.split("/"): value = value.get(k) if isinstance(value, dict) else None
     return value
 
 # %% ../../nbs/lab/a_records.ipynb #8ea4a307

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTICAL', 'ORDER', 'QUANTIZED', 'histogram', 'searched', 'plain', 'rep', 'B1', 'SMALL', 'INT8', 'SEARCHES',
-           'qat_as', 'CELLS', 'KINDS', 'FIELDS', 'ARMS', 'Query', 'query', 'metric', 'answer', 'register_table',
-           'cells', 'counted', 'table', 'to_csv', 'to_markdown', 'results', 'figures', 'write_all', 'main']
+           'qat_as', 'CELLS', 'KINDS', 'FIELDS', 'ARMS', 'Query', 'query', 'answer', 'register_table', 'cells',
+           'counted', 'table', 'to_csv', 'to_markdown', 'results', 'write_all', 'main']
 
 # %% ../../nbs/07_paper.ipynb #140bdde2
 import csv, io
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-import numpy as np
 import torch
 from . import records
-from .hyper_search import figure4, last_of_stage3, plot_blocks, plot_epochs, stages_of
-from ..models import count, create_model, initial_scales
-from .int8 import figure3, figure5
-from .plots import figure1, figure2, save, style
+from ..models import count, create_model
+from .ablations import counted_runs
+from .evidence import made
+from .figures import figures
+from .plots import save
 from .timing import TABLE3
 
 # %% ../../nbs/07_paper.ipynb #3103a2f3
-from .records import command_line, mean_std, paper_table, Parser, write_atomic
+from .records import command_line, mean_std, metric, paper_table, Parser, write_atomic
 from .recipes import changes, label
 
 # %% ../../nbs/07_paper.ipynb #15c15293
@@ -47,19 +47,13 @@ class Query:
     same: tuple = ("imagenet",)
     stand_in: bool = False       # may the digits net stand for B1 (or the GhostNet for width 0.5)?
     recipes: tuple = ORDER
+    arm: str = ""                # of the protocol, whose counted runs on Fashion-MNIST stand in before digits do
 
 # %% ../../nbs/07_paper.ipynb #2e10a312
 def query(experiment: str, metric: str, same: Iterable[str] = ("imagenet",), stand_in: bool = False,
-          recipes: tuple = ORDER, **asked) -> Query:
+          recipes: tuple = ORDER, arm: str = "", **asked) -> Query:
     "A Query, `asked` by words as in `records.find`"
-    return Query(experiment, metric, tuple(asked.items()), tuple(same), stand_in, recipes)
-
-
-def metric(record: dict, path: str) -> Any:
-    "The metric of a record by its path; None where it has none"
-    value = record["metrics"]
-    for k in path.split("/"): value = value.get(k) if isinstance(value, dict) else None
-    return value
+    return Query(experiment, metric, tuple(asked.items()), tuple(same), stand_in, recipes, arm)
 
 # %% ../../nbs/07_paper.ipynb #5ed7e254
 def answer(q: Query, found: list) -> dict:
@@ -72,6 +66,7 @@ def answer(q: Query, found: list) -> dict:
             and all(fits(r, k, v) for k, v in q.asked) and metric(r, q.metric) is not None]
     asks = [k.removeprefix("recipe__") for k, _ in q.asked]
     for changed, name in ((c, n) for c in (False, True) for n in q.recipes):
+        if name == "digits" and not changed and (small := _of_arm(q.arm, found)): return small
         if mine := _one_setting([r for r in rows if records.lookup(r, "recipe__name") == name
                                  and bool(changes(r["asked"]["recipe"], asks)) == changed]):
             m, s, n = mean_std([metric(r, q.metric) for r in mine])
@@ -92,7 +87,27 @@ def _one_setting(rows):
     key = lambda r: str(sorted((k, str(v)) for k, v in r["asked"].items() if k not in free))
     groups = {}
     for r in rows: groups.setdefault(key(r), []).append(r)
-    return max(groups.values(), key=lambda g: (len(g), records.lookup(g[0], "recipe__epochs")), default=[])
+    return _one_making(max(groups.values(), key=lambda g: (len(g), records.lookup(g[0], "recipe__epochs")), default=[]))
+
+
+def _one_making(rows):
+    """One record a seed. A CPU of another kind finds other scales, and what it makes stands beside the committed
+    records: then those of the hardware that has most of them."""
+    if len({records.lookup(r, "seed") for r in rows}) == len(rows): return rows
+    by = {}
+    for r in rows: by.setdefault(r["where"].get("hardware", ""), []).append(r)
+    return max(by.values(), key=len)
+
+
+def _of_arm(arm, found) -> dict | None:
+    "The answer of the protocol's counted runs of an arm, at the rate that it has chosen; None where there are none"
+    try: mine = counted_runs(made(found), "fashion", arm) if arm else []
+    except ValueError: return None
+    if not mine: return None
+    m, s, n = mean_std([r["metrics"]["top1"] for r in mine])
+    return dict(ours=m, std=s, n=n, recipe=f"fashion, lr {mine[0]['where']['cell']['lr']:g}", status="smaller",
+                hardware=" + ".join(sorted({r["where"]["hardware"] for r in mine})),
+                record=" ".join(r["id"] for r in mine))
 
 # %% ../../nbs/07_paper.ipynb #006d542b
 histogram = lambda a: a in (None, "histogram")                               # what the first records did not say
@@ -143,6 +158,7 @@ def _sizes() -> dict:
 @register_table(2)
 def _speed_and_memory() -> dict:
     out: dict = {}
+    small = {"RepVGG-B1": "repvgg", "RepOpt-VGG-B1": "searched"}
     paper: dict[str, Any] = dict(size=224, precision="fp32", compiled=False)
     for row in paper_table(2):
         size, vgg = row.split("-")[-1].lower(), row.startswith("RepVGG")
@@ -151,7 +167,7 @@ def _speed_and_memory() -> dict:
         speed = partial(query, "train_speed", "images_per_second", ("gpu",), model=name, **paper)
         out |= {(row, "Params train (M)"): counted(name)["params"]/1e6,
                 (row, "Params inference (M)"): counted(f"repoptvgg_{size}")["params"]/1e6,
-                (row, "Top-1 @BS=32"): query("train", "top1", stand_in=size == "b1",
+                (row, "Top-1 @BS=32"): query("train", "top1", stand_in=size == "b1", arm=small.get(row, ""),
                                              recipe__batch_size=lambda b: b in (256, 64), **arm),
                 (row, "MaxBS"): query("max_batch", "max_batch", ("gpu",), model=name, size=224, precision="fp32",
                                       cap=11),
@@ -180,15 +196,19 @@ def _other_nets() -> dict:
 # %% ../../nbs/07_paper.ipynb #006d5405
 @register_table(4)
 def _optimizers() -> dict:
-    arms = {"SGD": plain, "AdamW": dict(optimizer="adamw", scales=None),
-            "RepOptimizer, Hyper-Search": rep | dict(scales_from=searched),
-            "RepOptimizer, all 1": rep | dict(scales_from="ones"),
-            "RepOptimizer, same as HS initialization": rep | dict(scales_from="sqrt2l"),
-            "RepOptimizer, Hyper-Search, initialization unchanged":
-                dict(optimizer="repsgd", reinitialize=False, scales_from=searched),
-            "RepOptimizer, Hyper-Search, gradients unchanged":
-                dict(optimizer="sgd", reinitialize=True, scales_from=searched)}
-    return {(row, "Top-1"): query("train", "top1", **SMALL, **B1, **arm) for row, arm in arms.items()}
+    torchs = {n: dict(optimizer=n.lower(), scales=None) for n in ("RMSprop", "Adam", "AdamW", "Adafactor")}
+    hs = "RepOptimizer, Hyper-Search"
+    arms = {"SGD": ("plain", plain), **{n: (n.lower(), asked) for n, asked in torchs.items()},
+            hs: ("searched", rep | dict(scales_from=searched)),
+            "RepOptimizer, all 1": ("all_1", rep | dict(scales_from="ones")),
+            "RepOptimizer, same as HS initialization": ("sqrt2l", rep | dict(scales_from="sqrt2l")),
+            f"{hs}, initialization unchanged":
+                ("gradients_only", dict(optimizer="repsgd", reinitialize=False, scales_from=searched)),
+            f"{hs}, gradients unchanged":
+                ("initialization_only", dict(optimizer="sgd", reinitialize=True, scales_from=searched)),
+            "RepOptimizer, averaged across channels": ("averaged", rep | dict(scales_from="averaged"))}
+    return {(row, "Top-1"): query("train", "top1", **SMALL, **B1, arm=arm, **asked)
+            for row, (arm, asked) in arms.items()}
 
 # %% ../../nbs/07_paper.ipynb #2e7bd9b7
 @register_table(6)
@@ -266,7 +286,11 @@ def table(number: int, found: list) -> list:
 FIELDS = ("row", "column", "paper", "ours", "std", "n", "recipe", "hardware", "status", "record")
 
 
-def _number(v): return "" if v is None else f"{v:.4g}" if abs(v) < 1 else f"{v:.2f}".rstrip("0").rstrip(".")
+def _number(v, beside=None):
+    "Two decimals; of what is below 1, as σ of a kernel, four digits, and its deviation like it"
+    if v is None: return ""
+    if beside is None and v >= 100 and v == int(v): return f"{v:.0f}"
+    return f"{v:.4g}" if abs(v if beside is None else beside) < 1 else f"{v:.2f}"
 
 # %% ../../nbs/07_paper.ipynb #f10ce5df
 def to_csv(rows: list[dict]) -> str:
@@ -280,24 +304,41 @@ def to_csv(rows: list[dict]) -> str:
     return s.getvalue()
 
 # %% ../../nbs/07_paper.ipynb #4530c773
+def _ours(r) -> str:
+    "What was found in a cell: mean ± standard deviation (recipe, n)"
+    std = f" ± {_number(r['std'], r['ours'])}" if r["std"] is not None else ""
+    of = "" if r["status"] == "same" else f"{r['recipe']}, "
+    n = "" if r["recipe"] == "computed" else f" ({of}n={r['n']})"
+    return f"{_number(r['ours'])}{std}{n}"
+
+
 def to_markdown(rows: list[dict], title: str = "") -> str:
-    "The table as a reader sees it: 'paper / ours ± std (n, recipe)', one line a row of the paper"
+    """The table as a reader sees it, one line a row of the paper.
+
+    A column holds the paper's value and ours at the paper's setting, bold; what stands in for it, on something smaller
+    or on other hardware, has a column of its own."""
+    by = {(r["row"], r["column"]): r for r in rows}
     columns = list(dict.fromkeys(r["column"] for r in rows))
+    aside = [c for c in columns if any(r["status"] not in ("same", "not run") for r in rows if r["column"] == c)]
     def cell(r):
         if r is None: return ""
-        ours = r["status"] if r["ours"] is None else f"**{_number(r['ours'])}**" + (
-            f" ± {_number(r['std'])}" if r["std"] is not None else "") + (
-                "" if r["recipe"] == "computed" else f" ({r['recipe']}, n={r['n']})")
-        return f"{_number(r['paper']) or '–'} / {ours}"
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|"*len(columns)]
-    by = {(r["row"], r["column"]): r for r in rows}
+        return f"{_number(r['paper']) or '–'} / " + (f"**{_ours(r)}**" if r["status"] == "same" else "not run")
+    def stand_in(r): return "" if r is None or r["status"] in ("same", "not run") else _ours(r)
+    head = [*columns, *(f"{c}, *{_aside(rows, c)}*" for c in aside)]
+    lines = [f"| | {' | '.join(head)} |", "|---|" + "---|"*len(head)]
     for row in dict.fromkeys(r["row"] for r in rows):
-        lines.append(f"| {row} | " + " | ".join(cell(by.get((row, c))) for c in columns) + " |")
+        found = [cell(by.get((row, c))) for c in columns] + [stand_in(by.get((row, c))) for c in aside]
+        lines.append(f"| {row} | " + " | ".join(found) + " |")
     timed = [f"{k}: {', '.join(sorted(h))}" for k in ("gpu", "cpu")
              if (h := {r["hardware"] for r in rows if r["recipe"] == k})]
     if timed: lines.append(f"\n*Speeds and batches: the paper's on a 2080Ti, ours on {'; '.join(timed)}*")
-    return (f"### {title}\n\n" if title
-            else "") + "*paper / ours ± standard deviation (recipe, number of runs)*\n\n" + "\n".join(lines) + "\n"
+    above = f"### {title}\n\n" if title else ""
+    return above + "*paper / ours ± standard deviation (number of runs)*\n\n" + "\n".join(lines) + "\n"
+
+
+def _aside(rows, column) -> str:
+    "What the stand-ins of a column are: smaller, other hardware"
+    return ", ".join(sorted({r["status"] for r in rows if r["column"] == column} - {"same", "not run"}))
 
 # %% ../../nbs/07_paper.ipynb #c4d04c2a
 ARMS: dict[str, dict[str, Any]] = {"RepOpt-VGG, plain SGD": dict(model="repoptvgg_b1", **plain),
@@ -322,49 +363,6 @@ def results(found: list[dict], recipe: str) -> str:
         qat = query("qat", "top1", **ask, **qat_as["RepVGG" not in arm], **asked)
         lines.append(f"| {arm} | " + " | ".join(map(cell, (query("train", "top1", **ask, **asked), *ptq, qat))) + " |")
     return "\n".join(lines) + "\n"
-
-# %% ../../nbs/07_paper.ipynb #02d5d403
-def _by_stage(ax, model: str, means, title: str):
-    "Fig. 7 of a search: a curve a stage, each named where it begins"
-    stages = stages_of(initial_scales(model))
-    plot_blocks(ax, means, stages, title)
-    ax.set_xticks([a for a, _ in stages], [f"stage {k}" for k in range(len(stages))], rotation=90)
-    ax.set_xlabel("")
-
-# %% ../../nbs/07_paper.ipynb #b0d9980d
-@style()
-def figures(found: list[dict]) -> dict:
-    """{figure number: matplotlib figure} for all that can be drawn: 1 and 2 from the descriptions, 4 at initialisation,
-    3 and 5 from a spread, 6 and 7 from a search."""
-    import matplotlib.pyplot as plt
-    figs = {1: figure1(), 2: figure2(), 4: figure4()}
-    def first(experiment, **asked):
-        rows = [r for r in found if r["experiment"] == experiment
-                and all(v(records.lookup(r, k)) if callable(v) else records.lookup(r, k) == v
-                        for k, v in asked.items()) and Path(r["path"]).with_suffix(".npz").exists()]
-        return min(rows, key=lambda r: (len(changes(r["asked"]["recipe"])),
-                                        not records.lookup(r, "model").endswith("_b1"),
-                                        QUANTIZED.index(records.lookup(r, "recipe__name"))
-                                        if records.lookup(r, "recipe__name") in QUANTIZED else 9,
-                                        records.lookup(r, "seed")), default=None)
-    arrays = lambda r: dict(np.load(Path(r["path"]).with_suffix(".npz")))
-    vggs = lambda model: model.startswith("repoptvgg")
-    sets = {records.lookup(r, "data__name") for r in found if r["experiment"] == "search"
-            and vggs(records.lookup(r, "model"))}
-    # the paper's two sets, then others
-    searches = [s for d in sorted(sets, key=lambda d: (("cifar100", "caltech256", d).index(d), d))
-                if (s := first("search", data__name=d, model=vggs))]
-    def fig6(ax, model, means, name): plot_epochs(ax, means, last_of_stage3(model), f"{name}:\nlast block of stage 3")
-    def fig7(ax, model, means, name): _by_stage(ax, model, means[-1], f"{name}:\nafter the search")
-    for k, draw in ((6, fig6), (7, fig7)) if searches else ():
-        figs[k], axs = plt.subplots(1, len(searches), figsize=(4.4*len(searches), 3), squeeze=False)
-        for ax, s in zip(axs[0], searches):
-            draw(ax, s["asked"]["model"], arrays(s)["scale_means"], label(s["asked"]["recipe"]))
-        figs[k].tight_layout()
-    vgg = first("spread", optimizer="sgd", model=lambda m: m.startswith("repvgg"))
-    opt = first("spread", optimizer="repsgd")
-    if vgg and opt: figs[3], figs[5] = figure3(arrays(vgg), arrays(opt)), figure5(arrays(vgg), arrays(opt))
-    return figs
 
 # %% ../../nbs/07_paper.ipynb #7d7b4116
 def write_all(out: Path | str = "figures", source: Path | str | None = None) -> dict:
