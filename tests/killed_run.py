@@ -28,12 +28,12 @@ def marked(name, says):
 
 def keep_momentum():
     "Leave the optimizer's last state in $PHASE.optimizer: the package does not keep it"
-    train = loop.Making.train
+    train = loop.train
 
-    def kept(self):
-        train(self)
-        if FIRST: torch.save(self.opt.state_dict(), os.environ["PHASE"] + ".optimizer")
-    loop.Making.train = kept
+    def kept(m):
+        train(m)
+        if FIRST: torch.save(m.opt.state_dict(), os.environ["PHASE"] + ".optimizer")
+    loop.train = kept
 
 
 class Double(nn.Module):

@@ -47,7 +47,8 @@ def test_wheel_carries_recipes(tmp_path):
     assert not any(n.startswith(("nbs/", "tests/", "build/")) for n in names)
 
 
-@pytest.mark.parametrize("command", "search train plan quantize speed data scales records report".split())
+@pytest.mark.parametrize("command",
+                         "search train plan quantize speed data scales records report evidence claims".split())
 def test_command_lines_say_how_they_are_used(command):
     r = subprocess.run([sys.executable, "-W", "error", "-m", "repopt", command, "--help"], capture_output=True,
                        text=True, cwd=ROOT)
@@ -65,7 +66,7 @@ def test_bad_input_exits_2_and_says_why(command, args, tmp_path):
     assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
 
 
-PAPERMILL = {"04_hyper_search", "05_train_imagenet", "05a_speed", "06_quantization", "07_paper"}
+PAPERMILL = {"04_hyper_search", "05_train_imagenet", "05a_speed", "05b_ablations", "06_quantization", "07_paper"}
 
 
 def test_notebooks_are_clean_and_in_step_with_the_package():
