@@ -204,7 +204,7 @@ def left(build):
     return load_file(next(build.glob("runs/*/final.safetensors"))), json.loads(record.read_text())
 
 
-SHORT = "--set epochs=4 --set ema_decay=0.9 --set accumulate=2".split()
+SHORT = "--set epochs=8 --set ema_decay=0.9 --set accumulate=2".split()
 
 def test_averages_and_parts_end_in_the_same_bits_after_a_kill_and_after_ctrl_c(tmp_path):
     Switched(tmp_path/"calm", *SHORT).ended()
