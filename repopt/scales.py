@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from .csla import CSLA, equivalent_kernel, init_, is_module, real
 from .grad_mult import GradMult, named_branch, rep_branches
-
-# %% ../nbs/01a_scales.ipynb #0c99e045
 from .published import examine, read
 
 # %% ../nbs/01a_scales.ipynb #a756729e

@@ -22,8 +22,6 @@ from .evidence import choice, made, protocol, search_of, sweep
 from .plots import save, style
 from .proofs import prove
 from .records import command_line, Parser, lookup, metric, unknown, write_atomic
-
-# %% ../../nbs/lab/m_claims.ipynb #447f3de1
 from .verdicts import (Interval, Verdict, NOT_SUPPORTED, SUPPORTED, UNDECIDED, difference, equality, holm,
                                  p_value, ratio, seeds_to_decide)
 

@@ -19,8 +19,6 @@ from ..models import known
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
 from ..scales import Scales, load_scales, read_scales
 from .recipes import Recipe, kinds_of_keys, parse_yaml
-
-# %% ../../nbs/lab/j_cli.ipynb #def0c5dc
 from .training import OPTIMIZERS, evaluate_weights, FOREIGN
 from .runs import run
 

@@ -20,8 +20,6 @@ import torch
 from .augment import AUGMENTS, IMAGENET_MEAN, IMAGENET_STD
 from .batches import FolderLoader, Loader, Split, TensorLoader
 from .packed import image_folders, open_folder, pack
-
-# %% ../../nbs/lab/b_data.ipynb #d8d8cd26
 from .pictures import (PICTURES, DataError, entries, holds, middle, needs, nothing_left, read_picture,
                                  say_broken, unusable, why_broken)
 from .records import Parser, command_line

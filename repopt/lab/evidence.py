@@ -22,8 +22,6 @@ from .records import command_line, Parser, unknown, writable
 from .recipes import Recipe
 from .runs import in_worker, run
 from .training import TrainingError
-
-# %% ../../nbs/lab/l_evidence.ipynb #77751810
 from ..repghost import initial_scales                                  # those of `models`, with RepGhostNets too
 from ..scales import Scales
 

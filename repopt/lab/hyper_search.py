@@ -23,8 +23,6 @@ from .records import command_line, make_record, write
 from .timing import accelerator, arithmetic, interleaved, quartiles, summary
 from .recipes import Recipe, resolve
 from .runs import Run, run
-
-# %% ../../nbs/04_hyper_search.ipynb #5ad69179
 from .training import build_model, compiled, make_optimizer, train_step
 from .cli import cli
 

@@ -24,8 +24,6 @@ from ..models import ConvBlock, RepVGGBlock, create_model, fuse_norm
 from .plots import arm, style
 from .timing import interleaved, quartiles
 from .recipes import Recipe, resolve
-
-# %% ../../nbs/lab/i_int8.ipynb #581ce810
 from .runs import Run, build_folder, finished
 from .training import evaluate, load_weights
 from ..deployment import onnx_engine, onnx_session, write_onnx

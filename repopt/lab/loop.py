@@ -21,8 +21,6 @@ from . import checkpoint, records
 from .batches import generator
 from .distributed import Signals, World, averaged, requeue
 from .recipes import Recipe, label, lr_at
-
-# %% ../../nbs/lab/f_1_loop.ipynb #9263d56f
 from .training import (TrainingError, averaging, build_model, compiled, evaluate, make_optimizer, train_step)
 
 # %% ../../nbs/lab/f_1_loop.ipynb #f1a00005

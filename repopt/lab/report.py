@@ -22,8 +22,6 @@ from .evidence import made
 from .figures import figures
 from .plots import save
 from .timing import TABLE3
-
-# %% ../../nbs/07_paper.ipynb #3103a2f3
 from .records import command_line, mean_std, metric, paper_table, Parser, write_atomic
 from .recipes import changes, label
 
@@ -101,8 +99,9 @@ def _one_making(rows):
 
 def _of_arm(arm, found) -> dict | None:
     "The answer of the protocol's counted runs of an arm, at the rate that it has chosen; None where there are none"
-    try: mine = counted_runs(made(found), "fashion", arm) if arm else []
-    except ValueError: return None
+    done = made(found) if arm else {}
+    try: mine = counted_runs(done, "fashion", arm) if arm else []
+    except ValueError: return None                                           # its sweep ended without a best rate
     if not mine: return None
     m, s, n = mean_std([r["metrics"]["top1"] for r in mine])
     return dict(ours=m, std=s, n=n, recipe=f"fashion, lr {mine[0]['where']['cell']['lr']:g}", status="smaller",

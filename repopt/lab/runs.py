@@ -20,8 +20,6 @@ from .records import compiler_cache, unknown, writable
 from .data import load_data
 from .distributed import die_with_parent, joined, launch, launched
 from ..scales import Scales
-
-# %% ../../nbs/lab/g_runs.ipynb #228158c1
 from .recipes import Recipe, RECIPES, must_be, as_lists, resolve
 from .loop import make
 from .training import OPTIMIZERS, TrainingError, build_model

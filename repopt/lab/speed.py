@@ -20,8 +20,6 @@ from .memory import GB, max_batch, predict, room
 from .timing import (PRECISIONS, TABLE3, Work, accelerator, build, ceilings, clock_mhz, flops, interleaved, quartiles,
                                silent, summary)
 from ..models import SHAPES, create_model, initial_scales
-
-# %% ../../nbs/05a_speed.ipynb #c0f49417
 from ..optim import RepAdamW, RepSGD, param_groups
 
 # %% ../../nbs/05a_speed.ipynb #f1f214d4

@@ -20,8 +20,6 @@ from .data import load_data
 from .distributed import World, buffers_of_first
 from ..repghost import create_model                                    # those of `models`, with RepGhostNets too
 from ..optim import RepAdamW, RepOptimizer, RepSGD, clip_grad_norm_, param_groups, rep_optimizer
-
-# %% ../../nbs/lab/f_training.ipynb #bc751a6d
 from .recipes import Recipe, resolve
 
 # %% ../../nbs/lab/f_training.ipynb #95f8ba77
