@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from . import records
 from ..models import count, create_model
-from .ablations import counted_runs
-from .evidence import made
 from .figures import figures
 from .plots import save
 from .timing import TABLE3
 from .records import command_line, mean_std, metric, paper_table, Parser, write_atomic
 from .recipes import changes, label
+from .protocol import made, runs_of
 
 # %% ../../nbs/07_paper.ipynb #15c15293
 # Table 3: identical settings, other nets
 IDENTICAL = ("imagenet", "imagenet_se", "imagenet_vgg16", *(f"imagenet_efficientnet_b{i}" for i in range(2, 6)))
-# a cell takes the first of these that has records; the last two: what speeds were measured on
-ORDER = (*IDENTICAL, "cifar", "cifar_paper", "tiny", "digits", "gpu", "cpu")
+# a cell takes the first of these that has records; `fashion`: of the protocol's arms. The last two: what speeds were measured on
+ORDER = (*IDENTICAL, "cifar", "cifar_paper", "tiny", "fashion", "digits", "gpu", "cpu")
 QUANTIZED = (*ORDER[:-3], "cifar_narrow", "digits")  # and in the tables of quantization, of these
 
 # %% ../../nbs/07_paper.ipynb #ec7a5704
@@ -45,13 +44,14 @@ class Query:
     same: tuple = ("imagenet",)
     stand_in: bool = False       # may the digits net stand for B1 (or the GhostNet for width 0.5)?
     recipes: tuple = ORDER
-    arm: str = ""                # of the protocol, whose counted runs on Fashion-MNIST stand in before digits do
+    arm: str = ""                # of the protocol, whose runs on Fashion-MNIST stand in before digits do
+    part: str = "count"          # and what of it: the runs that count, its search, what was measured on its nets
 
 # %% ../../nbs/07_paper.ipynb #2e10a312
 def query(experiment: str, metric: str, same: Iterable[str] = ("imagenet",), stand_in: bool = False,
-          recipes: tuple = ORDER, arm: str = "", **asked) -> Query:
+          recipes: tuple = ORDER, arm: str = "", part: str = "count", **asked) -> Query:
     "A Query, `asked` by words as in `records.find`"
-    return Query(experiment, metric, tuple(asked.items()), tuple(same), stand_in, recipes, arm)
+    return Query(experiment, metric, tuple(asked.items()), tuple(same), stand_in, recipes, arm, part)
 
 # %% ../../nbs/07_paper.ipynb #5ed7e254
 def answer(q: Query, found: list) -> dict:
@@ -64,7 +64,9 @@ def answer(q: Query, found: list) -> dict:
             and all(fits(r, k, v) for k, v in q.asked) and metric(r, q.metric) is not None]
     asks = [k.removeprefix("recipe__") for k, _ in q.asked]
     for changed, name in ((c, n) for c in (False, True) for n in q.recipes):
-        if name == "digits" and not changed and (small := _of_arm(q.arm, found)): return small
+        if name == "fashion":
+            if small := _of_arm(q, found): return small
+            continue
         if mine := _one_setting([r for r in rows if records.lookup(r, "recipe__name") == name
                                  and bool(changes(r["asked"]["recipe"], asks)) == changed]):
             m, s, n = mean_std([metric(r, q.metric) for r in mine])
@@ -97,14 +99,15 @@ def _one_making(rows):
     return max(by.values(), key=len)
 
 
-def _of_arm(arm, found) -> dict | None:
-    "The answer of the protocol's counted runs of an arm, at the rate that it has chosen; None where there are none"
-    done = made(found) if arm else {}
-    try: mine = counted_runs(done, "fashion", arm) if arm else []
+def _of_arm(q, found) -> dict | None:
+    "The answer of the protocol's runs of an arm, at the rate that it has chosen; None where there are none"
+    if not q.arm: return None
+    try: mine = [*runs_of(made(found), "fashion", q.arm, q.part).values()]
     except ValueError: return None                                           # its sweep ended without a best rate
     if not mine: return None
-    m, s, n = mean_std([r["metrics"]["top1"] for r in mine])
-    return dict(ours=m, std=s, n=n, recipe=f"fashion, lr {mine[0]['where']['cell']['lr']:g}", status="smaller",
+    m, s, n = mean_std([metric(r, q.metric) for r in mine])
+    lr = mine[0]["where"]["cell"]["lr"]
+    return dict(ours=m, std=s, n=n, recipe=q.arm if lr is None else f"fashion, lr {lr:g}", status="smaller",
                 hardware=" + ".join(sorted({r["where"]["hardware"] for r in mine})),
                 record=" ".join(r["id"] for r in mine))
 
@@ -157,17 +160,19 @@ def _sizes() -> dict:
 @register_table(2)
 def _speed_and_memory() -> dict:
     out: dict = {}
-    small = {"RepVGG-B1": "repvgg", "RepOpt-VGG-B1": "searched"}
+    small = {"RepVGG-B1": "repvgg", "RepOpt-VGG-B1": "searched"}            # arms that stand in
     paper: dict[str, Any] = dict(size=224, precision="fp32", compiled=False)
     for row in paper_table(2):
         size, vgg = row.split("-")[-1].lower(), row.startswith("RepVGG")
         name = f"{'repvgg' if vgg else 'repoptvgg'}_{size}"
         arm = dict(model=name, **(plain if vgg else rep | dict(scales_from=searched)))
+        top1 = partial(query, "train", "top1", stand_in=size == "b1", **arm)
         speed = partial(query, "train_speed", "images_per_second", ("gpu",), model=name, **paper)
         out |= {(row, "Params train (M)"): counted(name)["params"]/1e6,
                 (row, "Params inference (M)"): counted(f"repoptvgg_{size}")["params"]/1e6,
-                (row, "Top-1 @BS=32"): query("train", "top1", stand_in=size == "b1", arm=small.get(row, ""),
-                                             recipe__batch_size=lambda b: b in (256, 64), **arm),
+                (row, "Top-1 @BS=32"): top1(arm=small.get(row, ""), recipe__batch_size=lambda b: b in (256, 64)),
+                (row, "Top-1 @MaxBS"): top1(arm=f"{small[row]}_256" if row in small else "",
+                                            recipe__batch_size=lambda b: b > 512),
                 (row, "MaxBS"): query("max_batch", "max_batch", ("gpu",), model=name, size=224, precision="fp32",
                                       cap=11),
                 (row, "Speed @BS=32"): speed(batch=32), (row, "Speed @MaxBS"): speed(batch="max", cap=11)}
@@ -210,19 +215,40 @@ def _optimizers() -> dict:
             for row, (arm, asked) in arms.items()}
 
 # %% ../../nbs/07_paper.ipynb #2e7bd9b7
+@register_table(5)
+def _sets() -> dict:
+    "Targets on one set, with scales that were searched on another"
+    names = {"ImageNet": ("imagenet", "searched"), "CIFAR-100": ("cifar", "searched_on_cifar"),
+             "Caltech256": ("caltech256", "")}
+    out = {}
+    for row in paper_table(5):
+        target, _, source = row.partition(" from ")
+        recipe = names[target][0]
+        out[row, "Top-1"] = query("train", "top1", (recipe,), recipes=(recipe, "fashion"), **B1, **rep,
+                                  scales_from=names[source][0], arm=names[source][1] if target == "ImageNet" else "")
+    return out
+
+
 @register_table(6)
 def _strides() -> dict:
-    strides = {row: None if row == "2, 2, 2, 2, 2" else [int(s) for s in row.split(",")] for row in paper_table(6)}
-    return {(row, "HS Top-1"): query("search", "top1", SEARCHES, **B1, recipe__strides=s, recipe__scale_init="sqrt2l")
-            for row, s in strides.items()}
+    "The target keeps its strides, the search takes others. On Fashion-MNIST the target has three of 2, not five."
+    out = {}
+    for row, less in zip(paper_table(6), ("", "_21211", "_21121")):
+        s = [int(s) for s in row.split(",")] if less else None
+        out[row, "HS Top-1"] = query("search", "top1", SEARCHES, **B1, recipe__strides=s, recipe__scale_init="sqrt2l",
+                                     arm=f"fashion_search{less}", part="search")
+        if not less: out[row, "Target Top-1"] = query("train", "top1", **B1, **rep, scales_from=searched, arm="searched")
+        else: out[row, "Target Top-1"] = query("none", "top1", arm=f"searched{less}")
+    return out
 
 # %% ../../nbs/07_paper.ipynb #006d5406
-KINDS: dict[str, dict[str, Any]] = {"RepOpt-VGG-B1": B1 | dict(optimizer="repsgd"),
-                                    "RepVGG-B1": dict(model="repvgg_b1"), "RepVGG-1": dict(model="repvgg_b1")}
+KINDS: dict[str, dict[str, Any]] = {"RepOpt-VGG-B1": B1 | dict(optimizer="repsgd", arm="searched"),
+                                    "RepVGG-B1": dict(model="repvgg_b1", arm="repvgg"),
+                                    "RepVGG-1": dict(model="repvgg_b1", arm="repvgg")}
 
 
 def _ptq(row: str) -> Query:
-    return query("ptq", "top1", **INT8, weights="per_channel", activations=histogram, **KINDS[row])
+    return query("ptq", "top1", **INT8, weights="per_channel", activations=histogram, part="ptq_per_channel", **KINDS[row])
 
 # %% ../../nbs/07_paper.ipynb #bbd6285a
 @register_table(8)
@@ -231,22 +257,26 @@ def _quantized() -> dict:
     for row in paper_table(8):
         stage = "kernel" if "Opt" in row else "after branch addition"
         out[row, "Quantized Top-1"] = _ptq(row)
-        out[row, "Std of parameters"] = query("spread", f"sampled/{stage}/overall", **INT8, **KINDS[row])
+        out[row, "Std of parameters"] = query("spread", f"sampled/{stage}/overall", part="spread", **INT8, **KINDS[row])
     return out
 
 
 @register_table(10)
 def _ptq_and_qat() -> dict:
-    qat = {(row, "QAT"): query("qat", "top1", **INT8, **qat_as["Opt" in row], **KINDS[row]) for row in paper_table(10)}
+    qat = {(row, "QAT"): query("qat", "top1", **INT8, part="qat",
+                                **qat_as["Opt" in row], **KINDS[row]) for row in paper_table(10)}
     return {(row, "PTQ"): _ptq(row) for row in paper_table(10)} | qat
 
 # %% ../../nbs/07_paper.ipynb #006d5407
 @register_table(9)
 def _starts() -> dict:
-    found = {(row, "HS Top-1"): query("search", "top1", SEARCHES, **SMALL, **B1, recipe__scale_init=how,
-                                      recipe__strides=None)
-             for row, how in (("all 1", "ones"), ("sqrt(2/l)", "sqrt2l"))}
-    return found | {("sqrt(2/l)", "Target Top-1"): query("train", "top1", **SMALL, **B1, **rep, scales_from=searched)}
+    out = {}
+    for row, how, arm in (("all 1", "ones", "_ones"), ("sqrt(2/l)", "sqrt2l", "")):
+        out[row, "HS Top-1"] = query("search", "top1", SEARCHES, **SMALL, **B1, recipe__scale_init=how,
+                                     recipe__strides=None, arm=f"fashion_search{arm}", part="search")
+    out["all 1", "Target Top-1"] = query("none", "top1", arm="searched_from_ones")
+    out["sqrt(2/l)", "Target Top-1"] = query("train", "top1", **SMALL, **B1, **rep, scales_from=searched, arm="searched")
+    return out
 
 # %% ../../nbs/07_paper.ipynb #d6e05d2a
 @register_table(11)
@@ -255,14 +285,14 @@ def _spreads() -> dict:
     for row in paper_table(11):
         stage, arm = ("kernel", KINDS[row]) if "Opt" in row else (row.split(", ")[1], KINDS["RepVGG-B1"])
         for column in ("Overall", "Central", "Surrounding"):
-            out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", **INT8, **arm)
+            out[row, column] = query("spread", f"sampled/{stage}/{column.lower()}", part="spread", **INT8, **arm)
     return out
 
 # %% ../../nbs/07_paper.ipynb #19670eb3
 @register_table(12)
 def _ghosts() -> dict:
-    arms = {"RepGhostNet-0.5x": dict(model="repghostnet_050", **plain),
-            "RepOpt-GhostNet-0.5x": dict(model="repoptghostnet_050", **rep, scales_from=searched)}
+    arms = {"RepGhostNet-0.5x": dict(model="repghostnet_050", arm="repghost", **plain),
+            "RepOpt-GhostNet-0.5x": dict(model="repoptghostnet_050", arm="repopt_ghost", **rep, scales_from=searched)}
     return {(row, "Top-1"): query("train", "top1", ("imagenet_ghost",), recipes=("imagenet_ghost", *ORDER), **SMALL,
                                   **arm) for row, arm in arms.items()}
 
