@@ -51,7 +51,7 @@ class Conv(Branch):
     def __init__(self, kernel_size: int | tuple | list | None = None): self.kernel_size = kernel_size
 
     def sizes(self, W: Tensor) -> tuple:
-        "Its size beside a target kernel `W`; ValueError where the two have no common centre."
+        "Its size beside a kernel `W`; ValueError without a common centre."
         full, k = tuple(W.shape[2:]), self.kernel_size
         k = full if k is None else tuple(k) if isinstance(k, (tuple, list)) else (k,)*len(full)
         if len(k) != len(full) or any(s > f or (f - s) % 2 for s, f in zip(k, full)):
@@ -174,7 +174,9 @@ def run_branch(branch: Branch, op: nn.Module, x: Tensor, theta: Tensor) -> Tenso
 
 # %% ../nbs/00_csla.ipynb #c9f5987c
 def init_(branch: Branch, theta: Tensor, init: str = "msra", generator: torch.Generator | None = None) -> Tensor:
-    "Fill θ, in place: 1 for an identity; a kernel by 'msra' (He et al., 2015) or 'torch', its default."
+    """Fill θ, in place: 1 for an identity; a kernel by 'msra' (He et al., 2015) or 'torch', its default.
+
+    Raises ValueError for another `init`."""
     if init not in ("msra", "torch"): raise ValueError(f"init must be 'msra' or 'torch', not {init!r}")
     with torch.no_grad():
         if isinstance(branch, (Identity, Shared)): return theta.fill_(1)
