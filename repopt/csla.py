@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Device', 'Branch', 'Conv', 'Depthwise', 'Identity', 'Shared', 'ScalarIdentity', 'AvgPool', 'apply_kernel',
-           'run_branch', 'init_', 'Block', 'equivalent_kernel', 'real', 'is_module', 'CSLA']
+           'run_branch', 'init_', 'real', 'is_module', 'equivalent_kernel', 'Block', 'CSLA']
 
 # %% ../nbs/00_csla.ipynb #cbd9887a
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ class Branch:
 
     Subclasses say which entries of `W` it reaches."""
     def view(self, W: Tensor) -> Tensor:
-        "The entries of `W` that θ reaches, each by one entry of its own, as a view."
+        "The entries of `W` that θ reaches, as a view of it: each belongs to one entry of θ."
         raise NotImplementedError
 
     def per_channel(self, v: Tensor, W: Tensor) -> Tensor:
-        "`v` (scalar or one value per output channel) shaped to multiply `view(W)`."
+        "`v`, a scalar or one value per output channel `[O]`, shaped so that it multiplies `view(W)`."
         raise NotImplementedError
 
     def theta_shape(self, W: Tensor) -> torch.Size:
@@ -51,12 +51,12 @@ class Conv(Branch):
     def __init__(self, kernel_size: int | tuple | list | None = None): self.kernel_size = kernel_size
 
     def sizes(self, W: Tensor) -> tuple:
-        "The branch's kernel size for a target kernel `W`; ValueError if it has no common centre with it."
+        "Its size beside a kernel `W`; ValueError without a common centre."
         full, k = tuple(W.shape[2:]), self.kernel_size
-        k = full if k is None else tuple(k) if isinstance(k, (tuple, list)) else (k,) * len(full)
+        k = full if k is None else tuple(k) if isinstance(k, (tuple, list)) else (k,)*len(full)
         if len(k) != len(full) or any(s > f or (f - s) % 2 for s, f in zip(k, full)):
-            raise ValueError(f"a {'×'.join(map(str, k))} branch does not fit the centre of a "
-                             f"{'×'.join(map(str, full))} kernel")
+            own, target = ("×".join(map(str, s)) for s in (k, full))
+            raise ValueError(f"a {own} branch does not fit the centre of a {target} kernel")
         return k
 
     def view(self, W: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Depthwise(Conv):
         n = W.shape[1]
         if W.shape[0] % n:
             raise ValueError(f"{self} needs as many output as input channels; a kernel {tuple(W.shape)} cannot have "
-                             f"them")
+                             "them")
         return super().view(W).unflatten(0, (-1, n)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
 
     def per_channel(self, v: Tensor, W: Tensor) -> Tensor:
@@ -88,9 +88,15 @@ class Depthwise(Conv):
         O, C = op.weight.shape[0], op.weight.shape[1] * getattr(op, "groups", 1)
         if O != C: raise ValueError(f"{self} needs as many output as input channels, the target has {O} and {C}")
 
+# %% ../nbs/00_csla.ipynb #2afc18a6
+def _padding(op: nn.Module) -> tuple:
+    "The padding of a convolution as numbers; torch also allows the words 'same' and 'valid'."
+    if op.padding == "same": return tuple(d * (k - 1) // 2 for d, k in zip(op.dilation, op.kernel_size))
+    return (0,) * len(op.kernel_size) if op.padding == "valid" else op.padding
+
 # %% ../nbs/00_csla.ipynb #2e26df98
 class Identity(Depthwise):
-    """A trainable scale per channel beside the operator; starts at 1 (the identity).
+    """A trainable scale per channel beside the operator, `[O]` as torch's own; starts at 1 (the identity).
 
     Needs stride 1 and equal channels, as a shortcut does."""
     def __init__(self) -> None: super().__init__(1)
@@ -107,20 +113,13 @@ class Identity(Depthwise):
 
     def __repr__(self): return "Identity()"
 
-# %% ../nbs/00_csla.ipynb #2afc18a6
-def _padding(op):
-    "The padding of a convolution as numbers; torch also allows the words 'same' and 'valid'."
-    if op.padding == "same": return tuple(d * (k - 1) // 2 for d, k in zip(op.dilation, op.kernel_size))
-    return (0,) * len(op.kernel_size) if op.padding == "valid" else op.padding
-
 # %% ../nbs/00_csla.ipynb #7bba4e0e
 class Shared(Branch):
     "A branch in which one parameter reaches several kernel entries. It has an `embed` but no view, hence no Grad Mult."
     def view(self, W: Tensor) -> Tensor:
         raise ValueError(f"{type(self).__name__}: one parameter reaches several entries of the kernel, so LLᵀ is not "
-                         f"diagonal and no "
-                         "element-wise Grad Mult exists. Give it a parameter per entry, or train with explicit "
-                         "branches.")
+                         "diagonal and no element-wise Grad Mult exists. Give it a parameter per entry, or train with "
+                         "explicit branches.")
 
 # %% ../nbs/00_csla.ipynb #9149c470
 class ScalarIdentity(Shared):
@@ -137,9 +136,19 @@ class AvgPool(Shared):
     def embed(self, theta: Tensor, W: Tensor) -> Tensor:
         return Depthwise().embed((theta/W[0, 0].numel()).reshape(-1, 1).expand(-1, W[0, 0].numel()), W)
 
+# %% ../nbs/00_csla.ipynb #15e6d16e
+def _seen(x: Tensor, pad: list, stride: tuple) -> Tensor:
+    """The pixels of `x` that a kernel of one entry sees: the same sum with stride 1.
+
+    oneDNN's strided 1×1 kernels for channels_last write their weight gradient past its place on CPUs without AVX-512
+    (uxlfoundation/oneDNN #6035)."""
+    if any(pad): x = F.pad(x, [p for p in reversed(pad) for _ in (0, 1)])
+    return x[(..., *(slice(None, None, s) for s in stride))]
+
 # %% ../nbs/00_csla.ipynb #bd7ff418
 def apply_kernel(op: nn.Module, x: Tensor, W: Tensor, bias: Tensor | None = None, groups: int | None = None) -> Tensor:
-    "Run the operator `op` on `x` with the kernel `W`, which may be smaller than `op`'s own and shares its centre."
+    """Run the operator `op` on `x`, `[N, C, …]`, with the kernel `W`, which may be smaller than `op`'s own and shares
+    its centre."""
     if isinstance(op, nn.Linear): return F.linear(x, W, bias)
     margin = [p - d * (K - k)//2 for p, d, K, k in zip(_padding(op), op.dilation, op.kernel_size, W.shape[2:])]
     # without padding a smaller kernel sees a smaller image
@@ -150,14 +159,10 @@ def apply_kernel(op: nn.Module, x: Tensor, W: Tensor, bias: Tensor | None = None
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[W.ndim]
     return conv(x, W, bias, stride, pad, op.dilation, groups or op.groups)
 
-# %% ../nbs/00_csla.ipynb #15e6d16e
-def _seen(x, pad, stride):
-    """The pixels of `x` that a kernel of one entry sees: of the same sum, with stride 1.
-
-    oneDNN's strided 1×1 kernels for channels_last write their weight gradient past its place on CPUs without AVX-512
-    (uxlfoundation/oneDNN #6035)."""
-    if any(pad): x = F.pad(x, [p for p in reversed(pad) for _ in (0, 1)])
-    return x[(..., *(slice(None, None, s) for s in stride))]
+# %% ../nbs/00_csla.ipynb #4b46630d
+def _outputs(op: nn.Module, v: Tensor) -> Tensor:
+    "`v`, one value per output channel, shaped to multiply the output of `op`"
+    return v if isinstance(op, nn.Linear) else v.reshape(-1, *[1] * len(op.kernel_size))
 
 # %% ../nbs/00_csla.ipynb #5e5de2b7
 def run_branch(branch: Branch, op: nn.Module, x: Tensor, theta: Tensor) -> Tensor:
@@ -167,12 +172,9 @@ def run_branch(branch: Branch, op: nn.Module, x: Tensor, theta: Tensor) -> Tenso
         return apply_kernel(op, x, branch.embed(theta, op.weight))
     return apply_kernel(op, x, theta, groups=len(theta) if isinstance(branch, Depthwise) else None)
 
-
-def _outputs(op, v): return v if isinstance(op, nn.Linear) else v.reshape(-1, *[1] * len(op.kernel_size))
-
 # %% ../nbs/00_csla.ipynb #c9f5987c
 def init_(branch: Branch, theta: Tensor, init: str = "msra", generator: torch.Generator | None = None) -> Tensor:
-    """Fill a branch's parameter: 1 for an identity, `'msra'` (He et al., 2015) or `'torch'` (its default) for a kernel.
+    """Fill θ, in place: 1 for an identity; a kernel by 'msra' (He et al., 2015) or 'torch', its default.
 
     Raises ValueError for another `init`."""
     if init not in ("msra", "torch"): raise ValueError(f"init must be 'msra' or 'torch', not {init!r}")
@@ -181,6 +183,81 @@ def init_(branch: Branch, theta: Tensor, init: str = "msra", generator: torch.Ge
         if init == "msra": return nn.init.kaiming_normal_(theta, nonlinearity="relu", generator=generator)
         return nn.init.kaiming_uniform_(theta, a=sqrt(5), generator=generator)
 
+# %% ../nbs/00_csla.ipynb #b983da6b
+def real(name: str, value: object) -> Tensor:
+    "The scale `value` as a tensor. ValueError for text, objects, booleans and complex numbers, with its `name`."
+    try: v = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"scale {name!r} is {str(value)[:40]!r}, and should be numbers") from None
+    if not v.is_complex() and v.dtype != torch.bool: return v
+    raise ValueError(f"scale {name!r} is {str(v.dtype).removeprefix('torch.')}, and should be real numbers")
+
+# %% ../nbs/00_csla.ipynb #a686cd98
+def _scale(name: str, value: object, W: Tensor) -> Tensor:
+    "`value` as a tensor of W's dtype, checked: scalar or one per output channel, finite."
+    v = real(name, value).to(W.dtype)
+    if v.ndim and v.shape != W.shape[:1]:
+        raise ValueError(f"scale {name!r} has shape {tuple(v.shape)}, expected a scalar or ({W.shape[0]},)")
+    if not v.isfinite().all(): raise ValueError(f"scale {name!r} is not finite")
+    return v
+
+# %% ../nbs/00_csla.ipynb #60f11213
+def is_module(model: object) -> nn.Module:
+    "`model`, if it is a Module. ValueError otherwise."
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be a torch Module, not {type(model).__name__}")
+    return model
+
+# %% ../nbs/00_csla.ipynb #9b56072e
+class _SumOfBranches(torch.autograd.Function):
+    "Σ α L θ through the branches' views: each costs what it reaches"
+    @staticmethod
+    def forward(ctx, branches, shape, *parts):
+        ctx.branches, out = branches, None
+        ctx.save_for_backward(*parts)
+        for b, a, theta in zip(branches, parts, parts[len(branches):]):
+            if out is None and theta.shape == shape: out = theta*b.per_channel(a, theta)
+            else:
+                out = theta.new_zeros(shape) if out is None else out
+                view = b.view(out)
+                view.add_(theta.reshape(view.shape)*b.per_channel(a, out))
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        parts, alphas, thetas = ctx.saved_tensors, [], []
+        for i, (b, a, theta) in enumerate(zip(ctx.branches, parts, parts[len(ctx.branches):])):
+            view, scale = b.view(g), b.per_channel(a, g)
+            thetas.append((view*scale).reshape(theta.shape))
+            alphas.append((view*theta.reshape(view.shape)).sum_to_size(scale.shape).reshape(a.shape)
+                          if ctx.needs_input_grad[2 + i] else None)
+        return None, None, *alphas, *thetas
+
+# %% ../nbs/00_csla.ipynb #8544ad83
+def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Tensor) -> Tensor:
+    "Σ α L θ for a kernel shaped like `W`; all three mappings by branch name. Differentiable in scales and parameters."
+    if any(isinstance(b, Shared) for b in branches.values()) or torch.compiler.is_compiling():
+        return sum(b.embed(thetas[n], W) * Conv().per_channel(scales[n], W) for n, b in branches.items())
+    return _SumOfBranches.apply(tuple(branches.values()), W.shape, *(scales[n] for n in branches),
+                                *(thetas[n] for n in branches))
+
+# %% ../nbs/00_csla.ipynb #63a55f4a
+def _check_block(op: nn.Module, branches: Mapping, scales: Mapping) -> None:
+    "ValueError for what can be no CSLA block: a foreign operator, no branch, a scale without a branch"
+    if not isinstance(op, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ValueError(f"the target must be a Linear or a Conv, not {type(op).__name__}")
+    if getattr(op, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"padding_mode={op.padding_mode!r}: branches of other sizes agree only with zeros")
+    if nn.parameter.is_lazy(op.weight):
+        raise ValueError(f"{op} is lazy, its kernel has no shape yet: run a batch through the net first")
+    if not branches: raise ValueError("a block without branches: name one at least")
+    if wrong := [n for n, b in branches.items() if not isinstance(b, Branch)]:
+        raise ValueError(f"branch {wrong[0]!r} is {branches[wrong[0]]!r}, not a Branch: Conv(), Depthwise(), "
+                         "Identity()")
+    if extra := set(scales) - set(branches):
+        raise ValueError(f"scales for branches that do not exist: {sorted(extra)}; there are {list(branches)}")
+    for b in branches.values(): b.check(op)
+
 # %% ../nbs/00_csla.ipynb #5a06955c
 class Block:
     """A CSLA block described (Section 3.2): the target operator `op`, a Linear or a Conv, and its named `branches`.
@@ -188,19 +265,7 @@ class Block:
     `scales` are their constants, scalar or `[O]`; 1 where not given. Raises ValueError for what does not fit `op`:
     `Block(nn.Conv2d(8, 8, 3, padding=1), dict(conv=Conv(), conv_1x1=Conv(1)), dict(conv_1x1=.5))`."""
     def __init__(self, op: nn.Module, branches: Mapping[str, Branch], scales: Mapping = {}):
-        if not isinstance(op, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            raise ValueError(f"the target must be a Linear or a Conv, not {type(op).__name__}")
-        if getattr(op, "padding_mode", "zeros") != "zeros":
-            raise ValueError(f"padding_mode={op.padding_mode!r}: branches of other sizes agree only with zeros")
-        if nn.parameter.is_lazy(op.weight):
-            raise ValueError(f"{op} is lazy, its kernel has no shape yet: run a batch through the net first")
-        if not branches: raise ValueError("a block without branches: name one at least")
-        if wrong := [n for n, b in branches.items() if not isinstance(b, Branch)]:
-            raise ValueError(f"branch {wrong[0]!r} is {branches[wrong[0]]!r}, not a Branch: Conv(), Depthwise(), "
-                             "Identity()")
-        if extra := set(scales) - set(branches):
-            raise ValueError(f"scales for branches that do not exist: {sorted(extra)}; there are {list(branches)}")
-        for b in branches.values(): b.check(op)
+        _check_block(op, branches, scales)
         self.op, self.branches = op, dict(branches)
         self.scales = {n: _scale(n, scales.get(n, 1.), op.weight) for n in branches}
 
@@ -226,65 +291,12 @@ class Block:
         "The one operator that the block is; `kwargs` as in `CSLA`."
         return self.module(**kwargs).fuse()
 
-# %% ../nbs/00_csla.ipynb #8544ad83
-def equivalent_kernel(branches: Mapping, scales: Mapping, thetas: Mapping, W: Tensor) -> Tensor:
-    "Σ α L θ for a kernel shaped like `W`; differentiable in the scales and in the parameters."
-    if any(isinstance(b, Shared) for b in branches.values()) or torch.compiler.is_compiling():
-        return sum(b.embed(thetas[n], W) * Conv().per_channel(scales[n], W) for n, b in branches.items())
-    return _SumOfBranches.apply(tuple(branches.values()), W.shape, *(scales[n] for n in branches),
-                                *(thetas[n] for n in branches))
-
-# %% ../nbs/00_csla.ipynb #b983da6b
-def real(name: str, value: object) -> Tensor:
-    "The scale `value` as a tensor. ValueError for text, objects, booleans and complex numbers."
-    try: v = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"scale {name!r} is {str(value)[:40]!r}, and should be numbers") from None
-    if v.is_complex() or v.dtype == torch.bool:
-        raise ValueError(f"scale {name!r} is {str(v.dtype).removeprefix('torch.')}, and should be real numbers")
-    return v
-
-# %% ../nbs/00_csla.ipynb #60f11213
-def is_module(model: object) -> nn.Module:
-    "`model`, if it is a Module. ValueError otherwise."
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the model must be a torch Module, not {type(model).__name__}")
-    return model
-
-# %% ../nbs/00_csla.ipynb #a686cd98
-def _scale(name, value, W):
-    "`value` as a tensor of W's dtype, checked: scalar or one per output channel, finite."
-    v = real(name, value).to(W.dtype)
-    if v.ndim and v.shape != W.shape[:1]:
-        raise ValueError(f"scale {name!r} has shape {tuple(v.shape)}, expected a scalar or ({W.shape[0]},)")
-    if not v.isfinite().all(): raise ValueError(f"scale {name!r} is not finite")
-    return v
-
-# %% ../nbs/00_csla.ipynb #9b56072e
-class _SumOfBranches(torch.autograd.Function):
-    "The same sum written through the branches' views: a small branch costs what it reaches, not a pass over the kernel"
-    @staticmethod
-    def forward(ctx, branches, shape, *parts):
-        ctx.branches, out = branches, None
-        ctx.save_for_backward(*parts)
-        for b, a, theta in zip(branches, parts, parts[len(branches):]):
-            if out is None and theta.shape == shape:
-                out = theta*b.per_channel(a, theta)
-                continue
-            if out is None: out = theta.new_zeros(shape)
-            view = b.view(out)
-            view.add_(theta.reshape(view.shape)*b.per_channel(a, out))
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        parts, alphas, thetas = ctx.saved_tensors, [], []
-        for i, (b, a, theta) in enumerate(zip(ctx.branches, parts, parts[len(ctx.branches):])):
-            view = b.view(g)
-            thetas.append((view*b.per_channel(a, g)).reshape(theta.shape))
-            alphas.append((view*theta.reshape(view.shape)).sum_to_size(b.per_channel(a, g).shape).reshape(a.shape)
-                          if ctx.needs_input_grad[2 + i] else None)
-        return None, None, *alphas, *thetas
+# %% ../nbs/00_csla.ipynb #9d506333
+def _shape_of(op: nn.Module) -> nn.Module:
+    "An operator like `op`, its tensors on the meta device: geometry without memory"
+    if isinstance(op, nn.Linear): return nn.Linear(op.in_features, op.out_features, op.bias is not None, device="meta")
+    return type(op)(op.in_channels, op.out_channels, op.kernel_size, op.stride, op.padding, op.dilation, op.groups,
+                    op.bias is not None, device="meta")
 
 # %% ../nbs/00_csla.ipynb #73fd8cc6
 class CSLA(nn.Module):
@@ -295,19 +307,17 @@ class CSLA(nn.Module):
     the place of its operator, so it shows what a net may read of that: `weight` (folded, not to be set), `stride` and
     the other sizes."""
     def __init__(self, block: Block, trainable: bool = False, folded: bool = False, init: str = "msra",
-                 generator: torch.Generator | None = None, device: Device = None,
-                 dtype: torch.dtype | None = None):
+                 generator: torch.Generator | None = None, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
-        W = block.op.weight
+        W, bias = block.op.weight, block.op.bias
         kw = dict(device=device or W.device, dtype=dtype or W.dtype)
         self.branches, self.folded = block.branches, folded
         self.op = [_shape_of(block.op)]  # in a list: its kernel is no parameter of ours
         for n in block.op.__constants__: setattr(self, n, getattr(block.op, n))
-        bias = block.op.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone().to(**kw), bias.requires_grad)
         for n, b in block.branches.items():
-            self.register_parameter(f"theta_{n}",
-                                    nn.Parameter(init_(b, torch.empty(b.theta_shape(W), **kw), init, generator)))
+            theta = init_(b, torch.empty(b.theta_shape(W), **kw), init, generator)
+            self.register_parameter(f"theta_{n}", nn.Parameter(theta))
             s = block.scales[n].expand(W.shape[0]).to(**kw, copy=True)
             if trainable and not isinstance(b, Identity): self.register_parameter(f"scale_{n}", nn.Parameter(s))
             else: self.register_buffer(f"scale_{n}", s)
@@ -318,33 +328,20 @@ class CSLA(nn.Module):
     def scales(self) -> dict: return {n: getattr(self, f"scale_{n}") for n in self.branches}
 
     def equivalent_kernel(self) -> Tensor:
-        "Σ α L θ, shaped like the target's kernel; differentiable (Eq. 7)."
+        "Σ α L θ, shaped like the target's kernel; computed anew, differentiable in the branches' parameters (Eq. 7)."
         return equivalent_kernel(self.branches, self.scales, self.thetas, self.op[0].weight)
 
-    @property
-    def weight(self) -> Tensor:
-        "The kernel of the operator that the block is, computed anew; gradients flow through it to the branches."
-        return self.equivalent_kernel()
+    weight = property(equivalent_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        op, scales = self.op[0], self.scales
-        if self.folded: return apply_kernel(op, x, self.equivalent_kernel(), self.bias)
-        y = sum(run_branch(b, op, x, t) * _outputs(op, scales[n])
-                for (n, b), t in zip(self.branches.items(), self.thetas.values()))
-        return y if self.bias is None else y + _outputs(op, self.bias)
+        if self.folded: return apply_kernel(self.op[0], x, self.equivalent_kernel(), self.bias)
+        y = sum(run_branch(b, self.op[0], x, self.thetas[n])*_outputs(self.op[0], self.scales[n])
+                for n, b in self.branches.items())
+        return y if self.bias is None else y + _outputs(self.op[0], self.bias)
 
     def fuse(self) -> nn.Module:
-        """The target operator with the block's equivalent kernel.
-
-        (The name is the one `timm.utils.reparameterize_model` looks for.)"""
+        "The target operator with the block's equivalent kernel; `timm.utils.reparameterize_model` looks for this name."
         new = _shape_of(self.op[0])
         new.weight = nn.Parameter(self.equivalent_kernel().detach().clone())
         if self.bias is not None: new.bias = nn.Parameter(self.bias.detach().clone())
         return new.train(self.training)
-
-# %% ../nbs/00_csla.ipynb #9d506333
-def _shape_of(op):
-    "An operator like `op`, its tensors on the meta device: geometry without memory"
-    if isinstance(op, nn.Linear): return nn.Linear(op.in_features, op.out_features, op.bias is not None, device="meta")
-    return type(op)(op.in_channels, op.out_channels, op.kernel_size, op.stride, op.padding, op.dilation, op.groups,
-                    op.bias is not None, device="meta")

@@ -23,26 +23,54 @@ def named_branch(name: str) -> Branch:
         kind = Conv if m[1] == "conv" else Depthwise
         return kind(tuple(int(k) for k in re.findall(r"\d+", m[2])) or None)
     raise ValueError(f"unknown branch {name!r}: known are conv, conv_<height>x<width>, depthwise, "
-                     f"depthwise_<height>x<width> and identity")
+                     "depthwise_<height>x<width> and identity")
 
 # %% ../nbs/01_grad_mult.ipynb #4f169359
 def constants(scales: Mapping[str, Tensor]) -> dict:
-    """What multiplies each branch in the CSLA block: its scale.
+    """What multiplies each branch in the CSLA block, `{branch: [O]}`: its scale.
 
     An identity's is 1, whatever value its search ended with."""
     return {n: torch.ones_like(s) if n == "identity" else s for n, s in scales.items()}
 
 # %% ../nbs/01_grad_mult.ipynb #49c434d5
 def rep_branches(op: nn.Module) -> dict:
-    """The paper's branches beside `op`: its own size, 1×1 where that is smaller, identity where the output is shaped
-    like the input."""
-    names = ["conv", "conv_" + "x".join("1" * (op.weight.ndim - 2))] if max(
-        op.weight.shape[2:], default=1) > 1 else ["conv"]
+    """The paper's branches beside `op`, `{name: Branch}`: its own size, 1×1 where that is smaller, identity where the
+    output is shaped like the input."""
+    names = ["conv"]
+    if max(op.weight.shape[2:], default=1) > 1: names.append("conv_" + "x".join("1" * (op.weight.ndim - 2)))
     try:
         Identity().check(op)
         names.append("identity")
     except ValueError: pass
     return {n: named_branch(n) for n in names}
+
+# %% ../nbs/01_grad_mult.ipynb #c2cbbf70
+def _branches_of(scales: Mapping, shape: Sequence) -> dict:
+    "{name: Branch} of `scales`, `{branch: [O]}`, for a kernel of `shape`. ValueError where the two do not fit."
+    if not isinstance(scales, Mapping) or not scales:
+        raise ValueError(f"the scales of a kernel are {{branch: tensor}}, one branch at least, not {scales!r}")
+    if wrong := [n for n, s in scales.items() if not isinstance(s, Tensor)]:
+        raise ValueError(f"scale {wrong[0]!r} is {scales[wrong[0]]!r}, not a tensor with one value per output channel")
+    try: W = torch.empty(shape, device="meta")
+    except (TypeError, RuntimeError): raise ValueError(f"shape={shape!r} is not that of a kernel") from None
+    branches = {n: named_branch(n) for n in scales}
+    for n, b in branches.items():
+        if scales[n].shape != W.shape[:1]:
+            raise ValueError(f"scale {n!r} has shape {tuple(scales[n].shape)}, the kernel {tuple(shape)} wants "
+                             f"({shape[0]},)")
+        b.view(W)
+    return branches
+
+# %% ../nbs/01_grad_mult.ipynb #35127bdc
+def _multiply_(grad: Tensor, terms: list) -> Tensor:
+    "`grad` times the sum of constants, in place; `terms` are (constant, view of `grad`)"
+    terms = sorted(terms, key=lambda cv: -cv[1].numel())
+    parts = [(c, v, v.clone()) for c, v in terms[1:]]                          # small: the centre and its diagonal
+    whole, view = terms[0]
+    if view.shape == grad.shape: view.mul_(whole)
+    else: parts, _ = [(c, v, v.clone()) for c, v in terms], grad.zero_()
+    for c, v, g in parts: v.addcmul_(c, g)
+    return grad
 
 # %% ../nbs/01_grad_mult.ipynb #a9588a4a
 class GradMult:
@@ -51,21 +79,9 @@ class GradMult:
     `scales` are `{branch: [O]}`, `shape` is the kernel's, `[O, C/g, …]`; `degree` as in `Block.grad_mult`. Raises
     ValueError where they do not fit: `GradMult({"conv": s, "conv_1x1": t, "identity": u}, (8, 8, 3, 3))`."""
     def __init__(self, scales: Mapping, shape: Sequence, degree: int = 1):
-        if not isinstance(scales, Mapping) or not scales:
-            raise ValueError(f"the scales of a kernel are {{branch: tensor}}, one branch at least, not {scales!r}")
-        if wrong := [n for n, s in scales.items() if not isinstance(s, Tensor)]:
-            raise ValueError(f"scale {wrong[0]!r} is {scales[wrong[0]]!r}, not a tensor with one value per output "
-                             "channel")
-        try: W = torch.empty(shape, device="meta")
-        except (TypeError, RuntimeError): raise ValueError(f"shape={shape!r} is not that of a kernel") from None
-        self.shape, self.degree = W.shape, degree
-        self.branches = {n: named_branch(n) for n in scales}
+        self.branches = _branches_of(scales, shape)
+        self.shape, self.degree = torch.empty(shape, device="meta").shape, degree
         self.coef = {n: a.abs()**(degree + 1) for n, a in constants(scales).items()}
-        for n, b in self.branches.items():
-            if scales[n].shape != W.shape[:1]:
-                raise ValueError(f"scale {n!r} has shape {tuple(scales[n].shape)}, the kernel {tuple(shape)} wants "
-                                 f"({shape[0]},)")
-            b.view(W)
 
     @property
     def nbytes(self) -> int:
@@ -73,14 +89,14 @@ class GradMult:
         return sum(c.nbytes for n, c in self.coef.items() if n != "identity")
 
     def to(self, *args, **kwargs) -> "GradMult":
-        "The same on another device or dtype"
+        "The same on another device or in another dtype; arguments as in `Tensor.to`."
         new = object.__new__(GradMult)
         kept = {k: v for k, v in self.__dict__.items() if k != "beyond"}
         new.__dict__ = {**kept, "coef": {n: c.to(*args, **kwargs) for n, c in self.coef.items()}}
         return new
 
     def terms(self, W: Tensor) -> list:
-        "[(constant, view)] of a tensor shaped like the kernel: all that an optimizer needs"
+        "[(constant, view)] of a tensor shaped like the kernel: all that an optimizer needs."
         return [(b.per_channel(self.coef[n], W), b.view(W)) for n, b in self.branches.items()]
 
     def dense(self) -> Tensor:
@@ -91,26 +107,18 @@ class GradMult:
 
     @cached_property
     def beyond(self) -> Tensor | None:
-        """True at the entries that no branch reaches with a scale other than 0: the block cannot move them.
-
-        None if there are none."""
+        "True at the entries that no branch reaches with a scale other than 0: the block cannot move them. None without."
         W = torch.empty(self.shape, device="meta")
         if any(b.view(W).shape == W.shape and self.coef[n].all() for n, b in self.branches.items()): return None
         out = self.dense() == 0
         return out if out.any() else None
 
     def mul_(self, grad: Tensor) -> Tensor:
-        "grad ← M ⊙ grad, in place, through the views"
-        terms = sorted(self.terms(grad), key=lambda cv: -cv[1].numel())
-        parts = [(c, v, v.clone()) for c, v in terms[1:]]                      # small: the centre and its diagonal
-        whole, view = terms[0]
-        if view.shape == grad.shape: view.mul_(whole)
-        else: parts, _ = [(c, v, v.clone()) for c, v in terms], grad.zero_()
-        for c, v, g in parts: v.addcmul_(c, g)
-        return grad
+        "grad ← M ⊙ grad, in place, through the views; `grad` is shaped like the kernel."
+        return _multiply_(grad, self.terms(grad))
 
     def norm2(self, grad: Tensor) -> Tensor:
-        "Σ M ⊙ grad²: the squared norm that the branches' gradients have together"
+        "Σ M ⊙ grad²: the squared norm that the branches' gradients have together."
         return sum((c * v.square()).sum() for c, v in self.terms(grad))
 
     def __repr__(self): return f"GradMult({list(self.coef)}, shape={tuple(self.shape)}, degree={self.degree})"
