@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 from run import project_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,22 +48,30 @@ def test_wheel_carries_recipes(tmp_path):
     assert not any(n.startswith(("nbs/", "tests/", "build/")) for n in names)
 
 
-@pytest.mark.parametrize("command",
-                         "search train plan quantize speed data scales records report evidence claims".split())
-def test_command_lines_say_how_they_are_used(command):
-    r = subprocess.run([sys.executable, "-W", "error", "-m", "repopt", command, "--help"], capture_output=True,
-                       text=True, cwd=ROOT)
+COMMANDS = "search train plan quantize speed data scales records report evidence claims".split()
+BAD = [("train", "--recipe", "nosuch"), ("search", "--recipe", "digits", "--set", "lr=fast"),
+       ("train", "--recipe", "digits", "--model", "repoptvgg_z1"),
+       ("train", "--recipe", "digits", "--optimizer", "repsgd"), ("speed", "--infer", "vgg99")]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    "{(command, words): what `python -m repopt` ended with}; those that are asked for help with warnings as errors"
+    strict = "import warnings\nwarnings.simplefilter('error')\n"
+    lines = [(c, "--help") for c in COMMANDS] + BAD
+    programs = [(strict*(words[-1] == "--help") + forks.MODULE, ["repopt", *words], ROOT) for words in lines]
+    return dict(zip(lines, forks.each(programs, REPOPT_BUILD=str(tmp_path_factory.mktemp("build")))))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_lines_say_how_they_are_used(command, said):
+    r = said[command, "--help"]
     assert r.returncode == 0 and f"python -m repopt {command}" in r.stdout, r.stderr
 
 
-@pytest.mark.parametrize("command,args",
-                         [("train", ["--recipe", "nosuch"]), ("search", ["--recipe", "digits", "--set", "lr=fast"]),
-                                         ("train", ["--recipe", "digits", "--model", "repoptvgg_z1"]),
-                                         ("train", ["--recipe", "digits", "--optimizer", "repsgd"]),
-                                         ("speed", ["--infer", "vgg99"])])
-def test_bad_input_exits_2_and_says_why(command, args, tmp_path):
-    r = subprocess.run([sys.executable, "-m", "repopt", command, *args], capture_output=True, text=True, cwd=ROOT,
-                       env={**__import__("os").environ, "REPOPT_BUILD": str(tmp_path)})
+@pytest.mark.parametrize("words", BAD, ids=" ".join)
+def test_bad_input_exits_2_and_says_why(words, said):
+    r = said[words]
     assert r.returncode == 2 and r.stderr.startswith("error: ") and "Traceback" not in r.stderr, r.stderr
 
 
