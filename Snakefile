@@ -114,7 +114,7 @@ rule quantize:
 
 
 rule paper:
-    input: recipes, modules("lab/hyper_search", "quantization", "deployment", "lab/int8", "lab/report", "lab/figures", "lab/ablations", "lab/evidence", "lab/verdicts", "lab/proofs", "lab/claims"), "repopt/assets/claims.yaml", "repopt/assets/protocol.yaml", "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
+    input: recipes, modules("lab/hyper_search", "quantization", "deployment", "lab/int8", "lab/report", "lab/queries", "lab/protocol", "lab/figures", "lab/ablations", "lab/evidence", "lab/verdicts", "lab/proofs", "lab/claims"), "repopt/assets/claims.yaml", "repopt/assets/protocol.yaml", "build/marks/{recipe}/06_quantization.done", notebook="nbs/07_paper.ipynb"
     output: touch("build/marks/{recipe}/07_paper.done")
     log: "build/notebooks/{recipe}/07_paper.ipynb"
     params: notebook="07_paper", asked=telling, common=COMMON

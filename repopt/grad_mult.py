@@ -107,7 +107,7 @@ class GradMult:
 
     @cached_property
     def beyond(self) -> Tensor | None:
-        "True at the entries that no branch reaches with a scale other than 0: the block cannot move them. None without."
+        "True at the entries that no branch reaches with a scale but 0: the block cannot move them. None without."
         W = torch.empty(self.shape, device="meta")
         if any(b.view(W).shape == W.shape and self.coef[n].all() for n, b in self.branches.items()): return None
         out = self.dense() == 0

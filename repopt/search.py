@@ -15,6 +15,43 @@ from .csla import is_module
 from .models import to_branches
 from .scales import Scales
 
+# %% ../nbs/02b_search.ipynb #647576f4
+def _does_more(m: nn.Conv2d) -> str | None:
+    "What the conv `m` does beside convolving with a kernel of its own, in words; None where that is all"
+    kind = type(m)
+    if computed := [n for n in ("weight", "bias") if getattr(m, n, None) is not None and n not in m._parameters]:
+        return f"its {computed[0]} is computed from other parameters (weight_norm, parametrize)"
+    own = any(getattr(kind, name) is not getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward"))
+    if own or "forward" in vars(m):
+        return f"a {kind.__name__} with a forward of its own, which a block would not have"
+    if m._forward_hooks or m._forward_pre_hooks: return "it has forward hooks, which a block would not call"
+    return None
+
+# %% ../nbs/02b_search.ipynb #a8082949
+def _why_not(m: nn.Module, parameter: str, plain: Collection[str]) -> str | None:
+    "Why the conv `m`, whose kernel is called `parameter`, cannot have a block; None where it can"
+    if any(fnmatch(parameter, g) for g in plain): return "named in plain"
+    if not isinstance(m, nn.Conv2d): return f"a {type(m).__name__}, not a Conv2d"
+    if more := _does_more(m): return more
+    if not m.weight.requires_grad: return "it is frozen"
+    if not m.weight.is_floating_point(): return f"its kernel is {m.weight.dtype}"
+    if m.padding_mode != "zeros":
+        return f"padding_mode={m.padding_mode!r}: branches of other sizes agree only with zeros"
+    if any(k % 2 == 0 for k in m.kernel_size):
+        return f"a {'×'.join(map(str, m.kernel_size))} kernel has no centre for a 1×1 branch"
+    return None
+
+# %% ../nbs/02b_search.ipynb #782dcb44
+def _check_conv(name: str, m: nn.Module) -> None:
+    "ValueError for a module `name` whose kernel is quantized, lazy or sharded"
+    if type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+        raise ValueError(f"{name} is quantized ({type(m).__name__}): search on the floating point model")
+    if not isinstance(m, nn.modules.conv._ConvNd): return
+    if isinstance(m, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
+    if hasattr(m._parameters.get("weight"), "placements"):
+        raise ValueError(f"{name} is sharded: make the search model first, then call fully_shard on it")
+
 # %% ../nbs/02b_search.ipynb #9925ce4d
 def eligible(model: nn.Module, plain: Collection[str] = ()) -> tuple[dict, dict]:
     """({name: conv that can have a Hyper-Search block}, {name: why not} for every other conv).
@@ -23,13 +60,8 @@ def eligible(model: nn.Module, plain: Collection[str] = ()) -> tuple[dict, dict]
     convs, left = {}, {}
     owner: dict[int, str] = {}
     for name, m in is_module(model).named_modules(remove_duplicate=False):
-        if type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise ValueError(f"{name} is quantized ({type(m).__name__}): search on the floating point model")
-        if not isinstance(m, (nn.modules.conv._ConvNd)): continue
-        if isinstance(m, nn.modules.lazy.LazyModuleMixin):
-            raise ValueError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
-        if hasattr(m._parameters.get("weight"), "placements"):
-            raise ValueError(f"{name} is sharded: make the search model first, then call fully_shard on it")
+        _check_conv(name, m)
+        if not isinstance(m, nn.modules.conv._ConvNd): continue
         if (first := owner.setdefault(id(m._parameters.get("weight", m)), name)) != name:
             raise ValueError(f"{name} and {first} share one kernel: a kernel can have one set of scales only")
         why = _why_not(m, f"{name}.weight", plain)
@@ -40,24 +72,14 @@ def eligible(model: nn.Module, plain: Collection[str] = ()) -> tuple[dict, dict]
                          + "".join(f"\n  {n}: {w}" for n, w in left.items()))
     return convs, left
 
-# %% ../nbs/02b_search.ipynb #a8082949
-def _why_not(m, parameter, plain):
-    "None where the block's forward, a plain convolution with zero padding, is all that `m` does"
-    if any(fnmatch(parameter, g) for g in plain): return "named in plain"
-    kind = type(m)
-    if not isinstance(m, nn.Conv2d): return f"a {kind.__name__}, not a Conv2d"
-    if computed := [n for n in ("weight", "bias") if getattr(m, n, None) is not None and n not in m._parameters]:
-        return f"its {computed[0]} is computed from other parameters (weight_norm, parametrize)"
-    own = any(getattr(kind, name) is not getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward"))
-    if own or "forward" in vars(m):
-        return f"a {kind.__name__} with a forward of its own, which a block would not have"
-    if m._forward_hooks or m._forward_pre_hooks: return "it has forward hooks, which a block would not call"
-    if not m.weight.requires_grad: return "it is frozen"
-    if not m.weight.is_floating_point(): return f"its kernel is {m.weight.dtype}"
-    if m.padding_mode != "zeros":
-        return f"padding_mode={m.padding_mode!r}: branches of other sizes agree only with zeros"
-    if any(k % 2 == 0 for k in m.kernel_size):
-        return f"a {'×'.join(map(str, m.kernel_size))} kernel has no centre for a 1×1 branch"
+# %% ../nbs/02b_search.ipynb #a99027a4
+def _kernels_without_scales(model: nn.Module, scales: Collection[str], left: dict) -> dict:
+    """{parameter: why it has no scales}, by the names that the optimizer will see: those of a parametrized conv, and
+    4-d parameters that belong to no conv."""
+    why = {f"{c}.{n}": reason for c, reason in left.items() for n, p in model.get_submodule(c).named_parameters()
+           if p.ndim > 1}
+    return why | {n: "not the kernel of a conv" for n, p in model.named_parameters() if p.ndim == 4 and n not in scales
+                  and n not in why}
 
 # %% ../nbs/02b_search.ipynb #8a7a0b75
 def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain: Collection[str] = (), init: str = "msra",
@@ -67,8 +89,7 @@ def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain: Collection[st
 
     `.plain` of the copy is {parameter: why} for all kernels of `model` without scales, ready for `RepSGD(plain=…)`.
     `rule`: where the scales start, 'sqrt2l' or 'ones'. `plain`: globs of kernels to leave as they are. `init`: of the
-    branches.
-    Raises ValueError as `eligible` does."""
+    branches. `folded`: one conv a block, as in `CSLA`. Raises ValueError as `eligible` does. Section 3.3."""
     convs, left = eligible(model, plain)
     scales = Scales.initial(model, rule, plain=[f"{n}.weight" for n in left], arch=type(model).__name__)
     hs = to_branches(deepcopy(model), scales, trainable=True, folded=folded, init=init)
@@ -78,12 +99,3 @@ def to_hyper_search(model: nn.Module, rule: str = "sqrt2l", plain: Collection[st
         warnings.warn(f"{len(told)} of {len(told) + len(convs)} convs have no Hyper-Search block:"
                       + "".join(f"\n  {n}: {why}" for n, why in told.items()), stacklevel=2)
     return hs
-
-# %% ../nbs/02b_search.ipynb #a99027a4
-def _kernels_without_scales(model, scales, left) -> dict:
-    """{parameter: why it has no scales}, by the names that the optimizer will see: those of a parametrized conv, and
-    4-d parameters that belong to no conv."""
-    why = {f"{c}.{n}": reason for c, reason in left.items() for n, p in model.get_submodule(c).named_parameters()
-           if p.ndim > 1}
-    return why | {n: "not the kernel of a conv" for n, p in model.named_parameters() if p.ndim == 4 and n not in scales
-                  and n not in why}

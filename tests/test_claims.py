@@ -31,7 +31,8 @@ def side(claim, arms):
     for arm in [arms] if isinstance(arms, str) else arms:
         part = claim.get("part", "count")
         at = (None, None) if part == "search" else (chosen(PROTOCOL["arms"][arm].get("at", arm)) or (None,))[1:]
-        found.append({c["seed"]: m[claim.get("metric", "top1")] for c, m in CELLS if at and c["seed"] in PROTOCOL["seeds"]
+        name = claim.get("metric", "top1")
+        found.append({c["seed"]: m[name] for c, m in CELLS if at and c["seed"] in PROTOCOL["seeds"]
                       and (c["part"], c["arm"], c["lr"], c["weight_decay"]) == (part, arm, *at)})
     return {s: statistics.fmean(f[s] for f in found) for s in set.intersection(*map(set, found))}
 

@@ -195,7 +195,8 @@ def _compared(claim, setting, done, sensitive):
     part = claim.get("part", "count")
     both = pairs(done, setting, claim["of"], claim["over"], part)
     if len(both) < 2: return Row(claim)
-    if why := unmoved(done, setting, (*names(claim["of"]), *names(claim["over"]))): return Row(claim, setting, UNDECIDED, why)
+    arms = *names(claim["of"]), *names(claim["over"])
+    if why := unmoved(done, setting, arms): return Row(claim, setting, UNDECIDED, why)
     values = [value(claim, *sides) for sides in both.values()]
     used = tuple(r["id"] for sides in both.values() for side in sides for r in side)
     m = claim.get("margin", margin(done, setting))

@@ -199,8 +199,8 @@ def away(setting: str, data: str | None = None) -> dict[str, str]:
         except DataError as e: return str(e)
 
     for group, arms in p["groups"].items():
-        for name in sorted({recipe_of(setting, a) for a in arms} | {search_of(setting, a) or p["recipe"] for a in arms}):
-            r = Recipe.load(name)
+        needed = {recipe_of(setting, a) for a in arms} | {search_of(setting, a) or p["recipe"] for a in arms}
+        for r in map(Recipe.load, sorted(needed)):
             if why := lacks(r.data, r.batch_size, r.augment, r.image_size, r.test_size): out[group] = why
     return out
 

@@ -64,7 +64,7 @@ def _valueless(opt):
 
 # %% ../../nbs/lab/h_plan.ipynb #c584816a
 def seconds_an_image(recipe: Recipe, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
-                     scales: Mapping | str | None = None, in_chans: int = 3, steps: int = 3) -> float:
+                     scales: Any = None, in_chans: int = 3, steps: int = 3) -> float:
     "Median seconds of a training step over its images, on this machine's device, after one step to warm up"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe, images = replace(resolve(recipe, device), compile=False), min(

@@ -36,7 +36,7 @@ def search_of(setting: str, arm: str) -> str | None:
 
 
 def search_seed(setting: str, arm: str, seed: int) -> int:
-    "The seed of the search whose scales an arm takes with `seed`: the same, or with `shift` another of those that count"
+    "The seed of the search whose scales an arm takes with `seed`: the same, or with `shift` another that counts"
     p = protocol(setting)
     shift = p["arms"][arm].get("shift", 0)
     return p["seeds"][(p["seeds"].index(seed) + shift) % len(p["seeds"])] if shift else seed
