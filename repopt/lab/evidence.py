@@ -237,7 +237,8 @@ def _say(cell, record, setting, out, groups, count, seconds):
     done = made(records.load_all(out))
     total = planned(done, setting, groups)
     at = "" if cell.lr is None else f" lr {cell.lr:g}"
-    seen = f"top-1 {record['metrics']['top1']:.2f}" if record["status"] == "done" else "did not train"
+    seen = "did not train" if record["status"] != "done" else "measured"
+    if "top1" in record["metrics"]: seen = f"top-1 {record['metrics']['top1']:.2f}"
     left = seconds/count*max(total - len(done), 0)/60
     print(f"{len(done)} of {total}: {cell.part} {cell.arm}{at} seed {cell.seed}: {seen}, {left:.0f} min left",
           flush=True)
