@@ -259,10 +259,10 @@ def _row(claim, setting, values, used, sensitive, m):
 def ledger(found: list) -> list:
     "All rows: of each claim the largest setting in which the nets have learnt first, then the others"
     done, learnt = made(found), yaml.safe_load(CLAIMS.read_text())["learnt"]
-    rows = []
+    can, rows = {s: _sensitive(s, done) for s in settings()}, []
     for c in claims().values():
         if c["rule"] == "proved" or "waits" in c and "of" not in c: mine = [judge(c, "", found, done)]
-        else: mine = [judge(c, s, found, done, _sensitive(s, done)) for s in settings()]
+        else: mine = [judge(c, s, found, done, can[s]) for s in settings()]
         seen = [r for r in mine if r.verdict != NOT_RUN]
         heads = [r for r in seen if c["rule"] == "proved" or r.setting in learnt]
         rows += (heads or [Row(c, why=mine[0].why)]) + [r for r in seen if r not in heads]
