@@ -1,6 +1,8 @@
 # make test        sets up and tests every notebook and tests/
 # make lint        ruff and mypy on the package, the tests and profiles/: nothing is run, nothing is written
-# make test-slow   plays the slow kinds of tests/hostile.py; kills runs twenty times each, in one process and in two, and leaves records
+# make test-slow   runs what takes minutes: tests marked slow, cells under `#| slow`; kills runs twenty times each (or KILLS=6), in one process
+#                  and in two, and leaves records
+# make planted     plants twenty faults, one after the other, in a copy of the package: each must be caught by what `make test` runs
 # make reproduce   runs the argument of the paper on digits, five seeds (or SEEDS=2), and writes figures/
 # make evidence    makes the runs behind the ledger of claims that have no record yet, and the ledger; it may be stopped at any time
 # make bench       what a RepOptimizer's step costs over torch's own, on this machine
@@ -12,6 +14,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 SEEDS  ?= 5
+KILLS  ?= 20
 EPOCHS ?=
 # not what papermill was told to write there
 NOTEBOOKS = $(wildcard nbs/[0-9]*.ipynb) $(wildcard nbs/lab/[a-z]_*.ipynb) nbs/index.ipynb
@@ -21,7 +24,7 @@ RUN    := $(BIN)/python
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup lint test test-slow reproduce evidence bench notebooks lab clean
+.PHONY: setup lint test test-slow planted reproduce evidence bench notebooks lab clean
 
 setup: $(READY)
 
@@ -40,9 +43,11 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 test-slow: $(READY)
-	$(ONE_THREAD) $(RUN) tests/hostile.py -k compiler
-	$(ONE_THREAD) $(RUN) tests/hostile.py -k interpreter
-	$(ONE_THREAD) $(RUN) tests/test_interrupt.py --kills 20 --out figures
+	$(ONE_THREAD) $(RUN) tests/run.py --slow --jobs $(JOBS)
+	$(ONE_THREAD) $(RUN) tests/test_interrupt.py --kills $(KILLS) --out $(if $(filter 20,$(KILLS)),figures,build)
+
+planted: $(READY)
+	$(ONE_THREAD) $(RUN) tests/planted.py
 
 # exec and tied.py: where make is killed, everything behind it ends; where it is called again, runs go on from their checkpoints
 reproduce: $(READY)

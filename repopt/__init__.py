@@ -10,7 +10,8 @@ _HOME = {name: module for module, names in {
     "grad_mult": "GradMult rep_branches",
     "scales": "Scales extract_scales load_scales",
     "rules": "register_rule",
-    "contract": "RepOptimizer param_groups",
+    "groups": "param_groups",
+    "contract": "RepOptimizer",
     "optim": "RepASGD RepAdadelta RepAdagrad RepAdam RepAdamW RepAdamax RepLion RepNAdam RepRAdam RepRMSprop RepRprop "
              "RepSGD attach clip_grad_norm_ rep_optimizer",
     "doctor": "check_equivalence",

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import wraps
 from inspect import signature
+from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from .contract import MARKS
+from .contract import MARKS, RepOptimizer
 from .csla import equivalent_kernel, is_module
 from .explicit import Explicit
 from .grad_mult import constants, named_branch
@@ -27,8 +28,8 @@ class _Branches(nn.Module):
     What they leave of `W`, rounding and entries out of their reach, is constant."""
     def __init__(self, scales: Mapping, thetas: Mapping, W: Tensor):
         super().__init__()
-        self.maps, self.alphas = {b: named_branch(b) for b in scales}, {b: a.to(W)
-                                                                        for b, a in constants(scales).items()}
+        self.maps = {b: named_branch(b) for b in scales}
+        self.alphas = {b: a.to(W) for b, a in constants(scales).items()}
         self.thetas, self.rest = tuple(thetas[b].detach().clone() for b in scales), torch.zeros_like(W)
         self.rest = W.detach() - self(*self.thetas)
 
@@ -37,24 +38,40 @@ class _Branches(nn.Module):
 
     def right_inverse(self, W): return self.thetas
 
+# %% ../nbs/01g_doctor.ipynb #ae239a4b
+def _parametrize(net: nn.Module, scales: Mapping, thetas: Mapping) -> dict:
+    """Put branches into `net`, in place, for every kernel that has `scales`; they start as `thetas`.
+
+    Returns {id of a kernel: the parameters of its branches}."""
+    named, parts = dict(net.named_parameters()), {}
+    for raw, own in own_names(named, scales).items():
+        if own not in scales: continue
+        W, (path, _, name) = named[raw], raw.rpartition(".")
+        owner: Any = net.get_submodule(path)
+        nn.utils.parametrize.register_parametrization(owner, name, _Branches(scales[own], thetas[own], W))
+        parts[id(W)] = [*owner.parametrizations[name].parameters(recurse=False)]
+    return parts
+
 # %% ../nbs/01g_doctor.ipynb #24a7c55e
-def _with_branches(net: nn.Module, opt: torch.optim.Optimizer, scales: Mapping) -> torch.optim.Optimizer:
+def _with_branches(net: nn.Module, opt: RepOptimizer, scales: Mapping) -> torch.optim.Optimizer:
     """Put branches for autograd into `net`, in place, and give back torch's own optimizer on them, with the options of
     `opt`."""
     cls, ours = opt.torch_class, ("params", "param_names", "eps_form", "rep_decay", *MARKS)
     groups = [{**{k: v for k, v in g.items() if k not in ours}, "params": list(zip(g["param_names"], g["params"]))}
               for g in opt.param_groups]
     options = {k: v for k, v in opt.defaults.items() if k in signature(cls).parameters}
-    thetas = (opt if isinstance(opt, Explicit)
-              else rep_optimizer(cls, "explicit")(groups, scales=scales, plain=opt.plain, **options)).thetas
-    named, parts = dict(net.named_parameters()), {}
-    for raw, own in own_names(named, scales).items():
-        if own not in scales: continue
-        W, (path, _, name) = named[raw], raw.rpartition(".")
-        owner = net.get_submodule(path)
-        nn.utils.parametrize.register_parametrization(owner, name, _Branches(scales[own], thetas[own], W))
-        parts[id(W)] = [*owner.parametrizations[name].parameters(recurse=False)]
+    split = opt if isinstance(opt, Explicit) else rep_optimizer(cls, "explicit")(groups, scales=scales, plain=opt.plain,
+                                                                                 **options)
+    parts = _parametrize(net, scales, split.thetas)
     return cls([{**g, "params": [q for _, p in g["params"] for q in parts.get(id(p), [p])]} for g in groups], **options)
+
+# %% ../nbs/01g_doctor.ipynb #45676026
+def _outputs(net: nn.Module, x: Tensor) -> Tensor:
+    "Everything that `net` says to `x`, as one vector in float64"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.cat([t.flatten().double() for t in tree_leaves(net(x)) if isinstance(t, Tensor)
+                          and t.is_floating_point()])
 
 # %% ../nbs/01g_doctor.ipynb #e681dac6
 @torch.no_grad()
@@ -70,18 +87,12 @@ def search_distance(model: nn.Module, scales: Mapping, x: Tensor) -> float | Non
     try: copy = to_branches(deepcopy(net), of, trainable=True, folded=True)
     except ValueError: return None
     for raw in of: net.get_parameter(raw).copy_(copy.get_submodule(raw.removesuffix(".weight")).weight)
-    def outputs(net):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return torch.cat([t.flatten().double() for t in tree_leaves(net(x)) if isinstance(t, Tensor)
-                              and t.is_floating_point()])
-    a, b = outputs(copy), outputs(net)
+    a, b = _outputs(copy, x), _outputs(net, x)
     return ((a - b).norm()/b.norm()).item()
 
 # %% ../nbs/01g_doctor.ipynb #c302037f
 def _in_float64(check: Callable) -> Callable:
-    """`check` with float64 as torch's default too: what optimizers and nets make themselves, NAdam its products, is not
-    rounded to float32."""
+    "`check` with float64 as torch's default while it runs"
     @wraps(check)
     def run(*args, **kwargs):
         before = torch.get_default_dtype()
@@ -98,11 +109,19 @@ def _nudged(net: nn.Module, by: float) -> nn.Module:
         p.data.add_(by*p.data.abs()*torch.randn(p.shape, generator=g, dtype=p.dtype, device="cpu").to(p.device))
     return net
 
-# %% ../nbs/01g_doctor.ipynb #b795cb40
-def _kernels_after(start, scales, make, batches, loss, nudge) -> dict:
-    "{kernel: its value} after the optimizer of `make(net)` has trained a copy of `start` on the batches"
-    net = _nudged(start, nudge)
-    opt = make(net)
+# %% ../nbs/01g_doctor.ipynb #862a7b21
+def _far(a: dict, b: dict) -> dict:
+    "Relative distances of kernels"
+    return {n: ((a[n] - b[n]).norm()/b[n].norm().clamp(min=torch.finfo(b[n].dtype).tiny)).item() for n in b}
+
+
+def _worst(distances: Iterable[float]) -> float:
+    "The largest; nan counts as infinite"
+    return max(d if d == d else float("inf") for d in distances)
+
+# %% ../nbs/01g_doctor.ipynb #fc179d1d
+def _train(net: nn.Module, opt: torch.optim.Optimizer, batches: list, loss: Callable) -> None:
+    "A step for each of `batches`, dropout alike in every run. ValueError where model and loss do not take a batch."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for x, y in batches:
@@ -113,51 +132,21 @@ def _kernels_after(start, scales, make, batches, loss, nudge) -> dict:
                                  f"{str(e).splitlines()[0]}") from e
             value.backward()
             opt.step()
+
+# %% ../nbs/01g_doctor.ipynb #b795cb40
+def _kernels_after(start: nn.Module, scales: Mapping, make: Callable, batches: list, loss: Callable,
+                   nudge: float) -> dict:
+    "{kernel: its value} after the optimizer of `make(net)` has trained a copy of `start`, nudged by that much"
+    net = _nudged(start, nudge)
+    _train(net, make(net), batches, loss)
     own, out = own_names([n for n, _ in start.named_parameters()], scales), {}
     for raw in (raw for raw, o in own.items() if o in scales):
         path, _, name = raw.rpartition(".")
         out[raw] = getattr(net.get_submodule(path), name).detach()
     return out
 
-# %% ../nbs/01g_doctor.ipynb #862a7b21
-def _far(a: dict, b: dict) -> dict:
-    "Relative distances of kernels"
-    return {n: ((a[n] - b[n]).norm()/b[n].norm().clamp(min=torch.finfo(b[n].dtype).tiny)).item() for n in b}
-
-# %% ../nbs/01g_doctor.ipynb #3eed1dff
-@_in_float64
-def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, batches: Iterable,
-                      loss: Callable = nn.functional.cross_entropy, steps: int = 20) -> dict:
-    """Does `optimizer(model.named_parameters(), scales)` do what branches would do under torch's own optimizer, by
-    autograd?
-
-    `batches`: (x, y) pairs, as many as `steps`. The model is not changed. Returns a dict:
-    'exact': True, False, or None where it cannot tell; 'verdict': the same in words;
-    'deviation': {parameter: relative distance from the branches}; 'yardstick': how far two runs part that start 1e-15
-    apart;
-    'search': as `search_distance` says. Exact: at most ten times the yardstick or 1e-12, and the search copy is the
-    same net.
-    Raises ValueError for an optimizer without scales.
-
-        check_equivalence(model, scales, lambda p, s: RepSGD(p, lr=.1, scales=s), batches)["verdict"]"""
-    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
-    if not callable(optimizer):
-        raise ValueError(f"optimizer must be a function of named parameters and scales, not {optimizer!r}")
-    start, batches = deepcopy(is_module(model)).double().train(), _pairs(batches, steps)
-    def ours(net):
-        opt = optimizer(net.named_parameters(), scales)
-        if getattr(opt, "torch_class", None) is not None: return opt
-        raise ValueError(f"{type(opt).__name__} has no scales: `optimizer` must make a RepOptimizer, or attach scales "
-                         f"to a stock one")
-    def trained(make, nudge=0.): return _kernels_after(start, scales, make, batches, loss, nudge)
-    fast, nudged = trained(ours), trained(ours, 1e-15)
-    branches = trained(lambda net: _with_branches(net, ours(net), scales))
-    finite = [all(W.norm().isfinite() for W in run.values()) for run in (branches, fast)]
-    search = search_distance(start, scales, batches[0][0])
-    return _judged(_far(fast, branches), _worst(_far(nudged, fast).values()), search, *finite)
-
 # %% ../nbs/01g_doctor.ipynb #f3b2ae45
-def _pairs(batches, steps) -> list:
+def _pairs(batches: Iterable, steps: int) -> list:
     "The first `steps` of `batches` in float64. ValueError unless they are pairs of tensors, all finite."
     out = list(batches)[:steps]
     if not out: raise ValueError("no batches were given: nothing can be compared")
@@ -167,15 +156,11 @@ def _pairs(batches, steps) -> list:
         if not all(t.isfinite().all() for t in b): raise ValueError(f"batch {i} holds values that are not finite")
     return [tuple(t.double() if t.is_floating_point() else t for t in b) for b in out]
 
-# %% ../nbs/01g_doctor.ipynb #97312dc1
-def _worst(distances) -> float:
-    "The largest; nan counts as infinite"
-    return max(d if d == d else float("inf") for d in distances)
-
 # %% ../nbs/01g_doctor.ipynb #fc5fcf84
-def _judged(deviation, yardstick, search, branches_finite, ours_finite) -> dict:
+def _judged(deviation: dict, yardstick: float, search: float | None, branches_finite: bool, ours_finite: bool) -> dict:
     "The dict that `check_equivalence` returns"
     worst, limit = _worst(deviation.values()), max(10*yardstick, 1e-12)
+    exact: bool | None
     rounding = f"{worst:.1e} from the branches, where rounding explains {limit:.1e}"
     if search is not None and not search <= 1e-6:
         exact, why = False, f"the search copy is another net: at equal kernels its outputs differ by {search:.1e}"
@@ -188,3 +173,36 @@ def _judged(deviation, yardstick, search, branches_finite, ours_finite) -> dict:
                             "take fewer steps, a smaller learning rate or larger batches")
     else: exact, why = True, f"exact: {rounding}"
     return dict(exact=exact, verdict=why, deviation=deviation, yardstick=yardstick, search=search)
+
+# %% ../nbs/01g_doctor.ipynb #ebe99df3
+def _with_scales(opt: torch.optim.Optimizer) -> RepOptimizer:
+    "`opt`, if it has scales. ValueError otherwise."
+    if getattr(opt, "torch_class", None) is not None: return opt
+    raise ValueError(f"{type(opt).__name__} has no scales: `optimizer` must make a RepOptimizer, or attach scales "
+                     f"to a stock one")
+
+# %% ../nbs/01g_doctor.ipynb #3eed1dff
+@_in_float64
+def check_equivalence(model: nn.Module, scales: Mapping, optimizer: Callable, batches: Iterable,
+                      loss: Callable = nn.functional.cross_entropy, steps: int = 20) -> dict:
+    """Does `optimizer(model.named_parameters(), scales)` do what branches would do under torch's own optimizer, by
+    autograd?
+
+    `batches`: (x, y) pairs, as many as `steps`. The model is not changed. Returns a dict:
+    'exact': True, False, or None where it cannot tell; 'verdict': the same in words;
+    'deviation': {parameter: relative distance from the branches}; 'yardstick': how far two runs part that start 1e-15
+    apart; 'search': as `search_distance` says. Exact: at most ten times the yardstick or 1e-12, and the search copy is
+    the same net. Raises ValueError for an optimizer without scales.
+
+        check_equivalence(model, scales, lambda p, s: RepSGD(p, lr=.1, scales=s), batches)["verdict"]"""
+    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
+    if not callable(optimizer):
+        raise ValueError(f"optimizer must be a function of named parameters and scales, not {optimizer!r}")
+    start, batches = deepcopy(is_module(model)).double().train(), _pairs(batches, steps)
+    def ours(net): return _with_scales(optimizer(net.named_parameters(), scales))
+    def trained(make, nudge=0.): return _kernels_after(start, scales, make, batches, loss, nudge)
+    fast, nudged = trained(ours), trained(ours, 1e-15)
+    branches = trained(lambda net: _with_branches(net, ours(net), scales))
+    finite = [all(W.norm().isfinite() for W in run.values()) for run in (branches, fast)]
+    search = search_distance(start, scales, batches[0][0])
+    return _judged(_far(fast, branches), _worst(_far(nudged, fast).values()), search, *finite)

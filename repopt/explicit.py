@@ -11,40 +11,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from .contract import MARKS, RepOptimizer, names_in, unhooked
-from .csla import equivalent_kernel
+from .csla import Branch, equivalent_kernel
+from .engine import grad_mult_for
 from .grad_mult import constants, named_branch
+
+# %% ../nbs/01e_explicit.ipynb #b5758871
+def _maps(scales: Mapping, p: Tensor) -> tuple[dict[str, Branch], dict[str, Tensor]]:
+    "({branch: its map L}, {branch: its constant α, `[O]`, in p's dtype}) of a kernel `p` with these `scales`"
+    return {b: named_branch(b) for b in scales}, {b: a.to(p) for b, a in constants(scales).items()}
+
+# %% ../nbs/01e_explicit.ipynb #db12cf1c
+@torch.no_grad()
+def _thetas(scales: Mapping, W: Tensor, given: Mapping | None = None, matrix: bool = False) -> dict[str, nn.Parameter]:
+    """{branch: its parameter} of the smallest split of the kernel `W`, or of the split `given`.
+
+    `matrix`: each as `[O, …]` with two dimensions."""
+    (maps, alphas), M, out = _maps(scales, W), grad_mult_for(W, scales).dense(), {}
+    whole = torch.where(M > 0, W/M, torch.zeros_like(W))
+    for b, branch in maps.items():
+        view = branch.view(whole)
+        theta = view*branch.per_channel(alphas[b], W) if given is None else given[b].detach().reshape(view.shape)
+        out[b] = nn.Parameter(theta.reshape(len(W), -1) if matrix else theta.reshape(branch.theta_shape(W)).clone())
+    return out
+
+# %% ../nbs/01e_explicit.ipynb #70281223
+def _give_grads(scales: Mapping, thetas: Mapping[str, nn.Parameter], g: Tensor) -> None:
+    "Put αLᵀg into the `.grad` of each branch's parameter, `g` the gradient of the kernel (Eq. 7, differentiated)."
+    maps, alphas = _maps(scales, g)
+    for b, theta in thetas.items():
+        theta.grad = (maps[b].view(g)*maps[b].per_channel(alphas[b], g)).reshape(theta.shape)
 
 # %% ../nbs/01e_explicit.ipynb #80b9b67b
 class Split(RepOptimizer):
-    "Kernels as sums of branches, `thetas`: {kernel: {branch: its parameter}}"
+    "An optimizer that holds kernels as sums of branches, `thetas`: {kernel: {branch: its parameter}}"
     thetas: dict
 
-    def _maps(self, name, p) -> tuple:
-        "({branch: its map}, {branch: its constant}) of a kernel"
-        return {b: named_branch(b) for b in self.scales[name]}, {b: a.to(p)
-                                                                 for b, a in constants(self.scales[name]).items()}
+    def _split(self, name: str, W: Tensor, given: Mapping | None = None) -> dict:
+        "{branch: its parameter} of `W`, a value of the kernel `name`"
+        return _thetas(self.scales[name], W, given, matrix=self.torch_class.__name__ == "Muon")
 
-    def _kernel(self, name, p) -> Tensor:
+    def _kernel(self, name: str, p: Tensor) -> Tensor:
         "ΣαLθ, and what stands in `p` where no branch reaches"
-        maps, alphas = self._maps(name, p)
-        W, stays = equivalent_kernel(maps, alphas, self.thetas[name], p), self.grad_mult(name, p).beyond
-        return W if stays is None else torch.where(stays, p, W)
+        W, mult = equivalent_kernel(*_maps(self.scales[name], p), self.thetas[name], p), self.grad_mult(name, p)
+        return W if mult is None or mult.beyond is None else torch.where(mult.beyond, p, W)
 
-    @torch.no_grad()
-    def _split(self, name, p, given=None):
-        "{branch: its parameter}, as a matrix where the rule takes nothing else (Muon)"
-        (maps, alphas), M = self._maps(name, p), self.grad_mult(name, p).dense()
-        whole, out = torch.where(M > 0, p/M, torch.zeros_like(p)), {}
-        for b, branch in maps.items():
-            view = branch.view(whole)
-            theta = view*branch.per_channel(alphas[b], p) if given is None else given[b].detach().reshape(view.shape)
-            out[b] = nn.Parameter(theta.reshape(len(p), -1) if self.torch_class.__name__ == "Muon"
-                                  else theta.reshape(branch.theta_shape(p)).clone())
-        return out
-
-    def _take_over(self, name, p):
-        """Where the kernel is not the one that the branches made (loaded, pruned, an average put in), split the
-        difference among them as at the start."""
+    def _take_over(self, name: str, p: Tensor) -> None:
+        "Where the kernel is not the one that the branches made, split the difference among them as at the start."
         W = self._kernel(name, p)
         if torch.equal(W, p): return
         if not W.isfinite().all():  # a training that diverged, and weights put back
@@ -52,8 +64,66 @@ class Split(RepOptimizer):
             W = self._kernel(name, p)
         for b, theta in self._split(name, p - W).items(): self.thetas[name][b].add_(theta)
 
+# %% ../nbs/01e_explicit.ipynb #fbc06cd6
+def _check_branches(name: str, thetas: Mapping, state: Mapping, made_by: str) -> None:
+    "ValueError for a `state` of the kernel `name` that has not the branches `thetas`. `made_by`: our class."
+    for b, theta in thetas.items() if state else ():
+        if not isinstance(state.get(b), Mapping) or "theta" not in state[b]:
+            raise ValueError(f"this state_dict was not made by {made_by}: it has no branch {b} of {name}")
+        if state[b]["theta"].numel() != theta.numel():
+            raise ValueError(f"this state_dict belongs to another net: branch {b} of {name} has "
+                             f"{state[b]['theta'].numel()} entries, ours {theta.numel()}")
+
+# %% ../nbs/01e_explicit.ipynb #795727a7
+def _joined(old: Mapping) -> dict:
+    "A state_dict that kept the inner optimizer's state apart, as one that has it with the parameters"
+    state: dict = {}
+    inner, own = old["inner"]["state"], {n: bs for n, bs in old["thetas"].items()}
+    for outer, group in zip(old["param_groups"], old["inner"]["param_groups"]):
+        ids = iter(group["params"])
+        for name, i in zip(names_in(outer), outer["params"]):
+            if name in own: state[i] = {b: {"theta": t, **inner.get(next(ids), {})} for b, t in own[name].items()}
+            else: state[i] = inner.get(next(ids), {})
+    return dict(state=state, param_groups=old["param_groups"], scales=old["scales"])
+
+# %% ../nbs/01e_explicit.ipynb #a1f0954c
+class _Mirrored(Split):
+    "What explicit branches write into a state_dict and read from one; `inner` is torch's optimizer of the branches"
+    inner: torch.optim.Optimizer
+
+    def _mirror(self) -> None:
+        "Make `state` what torch's own code expects: one entry for each parameter, with all that belongs to it"
+        own = self.inner.state
+        for name, p in self.named_params():
+            branches = self.thetas.get(name)
+            if branches is None: self.state[p] = own.get(p, {})
+            else: self.state[p] = {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
+
+    def state_dict(self) -> dict:
+        "torch's, each kernel's state by branch; and the scales by name"
+        self._mirror()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        "As of every RepOptimizer; also what versions before this kept apart, as `inner` and `thetas`"
+        if isinstance(state_dict, Mapping) and {"inner", "thetas"} <= {*state_dict}: state_dict = _joined(state_dict)
+        super().load_state_dict(state_dict)
+        self.inner.state.clear()
+        for name, p in self.named_params():
+            state = self.state.get(p, {})
+            if name not in self.thetas and state: self.inner.state[p] = state
+            for b, theta in self.thetas.get(name, {}).items() if state else ():
+                theta.copy_(state[b]["theta"].reshape(theta.shape))
+                self.inner.state[theta] = {k: v for k, v in state[b].items() if k != "theta"}
+
+    def _check_state(self, name: str, p: Tensor, state: Mapping, group: dict) -> None:
+        _check_branches(name, self.thetas[name], state, type(self).__name__)
+
+    def __getstate__(self) -> dict: return {**super().__getstate__(), "inner": self.inner, "thetas": self.thetas}
+
 # %% ../nbs/01e_explicit.ipynb #9db27a75
-class Explicit(Split, torch.optim.Optimizer):
+class Explicit(_Mirrored):
     """Any torch optimizer on explicit branches: exact for every rule. Costs a copy of the kernels and their state.
 
     `rep_optimizer(cls, 'explicit')` makes its subclasses. A kernel's state is {branch: {"theta": …, as in `cls`}}.
@@ -70,18 +140,19 @@ class Explicit(Split, torch.optim.Optimizer):
         self.inner = self.torch_class([self._inner(g) for g in groups], *args, **kwargs)
         super().__init__(groups, self.inner.defaults)
 
-    def _inner(self, group):
+    def _inner(self, group: Mapping) -> dict:
         "The same group with every kernel's branches in its place"
         params = [q for n, p in group["params"] for q in (self.thetas[n].values() if n in self.thetas else [p])]
         return {**{k: v for k, v in group.items() if k not in MARKS}, "params": params}
 
     def add_param_group(self, param_group: dict) -> None:
+        "As torch's, while the optimizer is built; ValueError later, for its branches are split by then."
         if len(self.param_groups) >= len(self.inner.param_groups):
             raise ValueError(f"{type(self).__name__} cannot be given groups later: its branches are split when it is "
                              "built")
         super().add_param_group(param_group)
 
-    def _advance(self):
+    def _advance(self) -> None:
         "Give each branch its gradient αLᵀg, let the rule step, write W = ΣαLθ"
         for g, i in zip(self.param_groups, self.inner.param_groups):
             i.update({k: v for k, v in g.items() if k not in ("params", "param_names", *MARKS)})
@@ -90,58 +161,8 @@ class Explicit(Split, torch.optim.Optimizer):
             for theta in self.thetas[name].values(): theta.grad = None
             if p.grad is None: continue
             self._take_over(name, p)
-            maps, alphas = self._maps(name, p)
-            for b, theta in self.thetas[name].items():
-                theta.grad = (maps[b].view(p.grad)*maps[b].per_channel(alphas[b], p)).reshape(theta.shape)
+            _give_grads(self.scales[name], self.thetas[name], p.grad)
         unhooked(type(self.inner).step)(self.inner)
         for name, p in bound:
             if p.grad is not None: p.copy_(self._kernel(name, p))
         self._mirror()
-
-    def _mirror(self):
-        "Make `state` what torch's own code expects: one entry for each parameter, with all that belongs to it"
-        own = self.inner.state
-        for name, p in self.named_params():
-            branches = self.thetas.get(name)
-            if branches is None: self.state[p] = own.get(p, {})
-            else: self.state[p] = {b: {"theta": t.detach(), **own.get(t, {})} for b, t in branches.items()}
-
-    def state_dict(self) -> dict:
-        "torch's, each kernel's state by branch; and the scales by name"
-        self._mirror()
-        return super().state_dict()
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
-        "As of every RepOptimizer; also what versions before this kept apart, as `inner` and `thetas`"
-        if isinstance(state_dict, Mapping) and {"inner", "thetas"} <= {*state_dict}: state_dict = _joined(state_dict)
-        super().load_state_dict(state_dict)
-        self.inner.state.clear()
-        for name, p in self.named_params():
-            state = self.state.get(p, {})
-            if name not in self.thetas and state: self.inner.state[p] = state
-            for b, theta in self.thetas.get(name, {}).items() if state else ():
-                theta.copy_(state[b]["theta"].reshape(theta.shape))
-                self.inner.state[theta] = {k: v for k, v in state[b].items() if k != "theta"}
-
-    def _check_state(self, name, p, state, group):
-        for b, theta in self.thetas[name].items() if state else ():
-            if not isinstance(state.get(b), Mapping) or "theta" not in state[b]:
-                raise ValueError(f"this state_dict was not made by {type(self).__name__}: it has no branch {b} of "
-                                 f"{name}")
-            if state[b]["theta"].numel() != theta.numel():
-                raise ValueError(f"this state_dict belongs to another net: branch {b} of {name} has "
-                                 f"{state[b]['theta'].numel()} entries, ours {theta.numel()}")
-
-    def __getstate__(self): return {**super().__getstate__(), "inner": self.inner, "thetas": self.thetas}
-
-# %% ../nbs/01e_explicit.ipynb #795727a7
-def _joined(old) -> dict:
-    "A state_dict that kept the inner optimizer's state apart, as one that has it with the parameters"
-    state, inner, own = {}, old["inner"]["state"], {n: bs for n, bs in old["thetas"].items()}
-    for outer, group in zip(old["param_groups"], old["inner"]["param_groups"]):
-        ids = iter(group["params"])
-        for name, i in zip(names_in(outer), outer["params"]):
-            if name in own: state[i] = {b: {"theta": t, **inner.get(next(ids), {})} for b, t in own[name].items()}
-            else: state[i] = inner.get(next(ids), {})
-    return dict(state=state, param_groups=old["param_groups"], scales=old["scales"])

@@ -11,13 +11,15 @@ __all__ = ['RepSGD', 'RepASGD', 'RepAdam', 'RepAdamW', 'RepNAdam', 'RepRAdam', '
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, wraps
 from inspect import Parameter, Signature, signature
+from typing import Any
 import torch
 from torch import Tensor
-from .contract import MARKS, RepOptimizer, param_groups, unhooked
+from .contract import MARKS, RepOptimizer, unhooked
+from .groups import param_groups
 from .engine import first_row, local_rows, unmoved
 from .explicit import Explicit
 from .grad_mult import GradMult
-from .rules import REFUSED, RULES, Lion
+from .rules import REFUSED, RULES, Lion, Rule
 
 # %% ../nbs/01f_optim.ipynb #2ab22221
 def times_(m: GradMult, t: Tensor) -> Tensor:
@@ -26,13 +28,6 @@ def times_(m: GradMult, t: Tensor) -> Tensor:
     first, local = first_row(t), t.to_local()
     local.mul_(m.dense()[first:first + len(local)])
     return t
-
-# %% ../nbs/01f_optim.ipynb #e6dece27
-def _multiplied(m: GradMult, p: Tensor) -> Tensor:
-    "The product of a Grad Mult and `p`'s gradient, a new tensor"
-    if p.grad.layout != torch.strided:
-        raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
-    return times_(m, p.grad.clone())
 
 # %% ../nbs/01f_optim.ipynb #6ef4a915
 def multiply_grads(pairs: Iterable) -> Callable:
@@ -47,6 +42,13 @@ def multiply_grads(pairs: Iterable) -> Callable:
         for stays, p, was in before: p.copy_(torch.where(stays, was, p))
     return back
 
+
+def _multiplied(m: GradMult, p: Tensor) -> Tensor:
+    "The product of a Grad Mult and `p`'s gradient, a new tensor"
+    if p.grad.layout != torch.strided:
+        raise ValueError(f"a kernel of shape {tuple(p.shape)} has a sparse gradient, which has no Grad Mult")
+    return times_(m, p.grad.clone())
+
 # %% ../nbs/01f_optim.ipynb #bed1db13
 class Beside(RepOptimizer):
     "A RepOptimizer that is a torch class too, whose own step it uses"
@@ -54,48 +56,67 @@ class Beside(RepOptimizer):
         "The step of torch's own class, its hooks left to ours"
         unhooked(super(RepOptimizer, type(self)).step)(self)
 
+    def _step_others(self, ours: list, fuse: list) -> None:
+        "The same for all parameters but `ours`, whose gradients it does not see; the groups `fuse` in one pass"
+        grads = [p.grad for p in ours]
+        for p in ours: p.grad = None
+        try:
+            for g in fuse: g["fused"] = True
+            self._torch_step()
+        finally:
+            for g in fuse: g["fused"] = None
+            for p, g in zip(ours, grads): p.grad = g
+
+# %% ../nbs/01f_optim.ipynb #f6fe3595
+def _compiled(compiled: bool | None, fused: bool, foreach: bool) -> bool | None:
+    """Is the step compiled? What the user says, else what torch's keywords ask for; None for what pays.
+
+    Raises ValueError for what is neither True, False nor None."""
+    if compiled is not None and not isinstance(compiled, bool):
+        raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
+    return {(True, False): True, (False, True): False}.get((fused, foreach)) if compiled is None else compiled
+
 # %% ../nbs/01f_optim.ipynb #0b2397cd
 class _Ruled(Beside):
     "What the classes of `rep_optimizer` share that go by a rule, or by the gradient"
     def __init__(self, params, *args, scales: Mapping, plain: Iterable = (), compiled: bool | None = None,
                  eps_form: str = "branch", **kwargs):
         groups = self._bind(params, scales, plain)
-        if compiled is not None and not isinstance(compiled, bool):
-            raise ValueError(f"compiled must be True, False or None, not {compiled!r}")
-        if compiled is None:
-            asked = bool(kwargs.get("fused")), bool(kwargs.get("foreach"))
-            compiled = {(True, False): True, (False, True): False}.get(asked)
-        self.compiled = compiled
+        self.compiled = _compiled(compiled, bool(kwargs.get("fused")), bool(kwargs.get("foreach")))
         super().__init__([{"eps_form": eps_form, **g} for g in groups], *args, **kwargs)
         self.defaults["eps_form"] = eps_form                                                # of groups that come later
         # a GradScaler shall unscale the gradients itself: ours are not torch's fused kernels
         if self.rule is not None: self._step_supports_amp_scaling = False
 
-    def _advance(self): self._gradient_step() if self.rule is None else self._rule_step()
+    def _advance(self) -> None: self._gradient_step() if self.rule is None else self._rule_step()
 
-    def _gradient_step(self):
+    def _gradient_step(self) -> None:
         "Torch's own step on gradients multiplied by Σα²"
         back = multiply_grads([mp for g in self.param_groups for mp in zip(self.grad_mults(g), g["params"])])
         try: self._torch_step()
         finally: back()
 
-    def _rule_step(self):
+    def _rule_step(self) -> None:
         "Step every kernel that has scales by `self.rule`, and the other parameters by torch's own class"
         named = [(i, n, p) for i, g in enumerate(self.param_groups) for n, p in zip(g["param_names"], g["params"])
                  if p.grad is not None and n in self.scales]
-        jobs, ours = self.kernel_jobs(named), [(p, p.grad) for _, _, p in named]
+        jobs, ours = self.kernel_jobs(named), [p for *_, p in named]
+        # where we compile, torch may fuse what is left: norms, the classifier
         fuse = [g for g in self.param_groups if g.get("fused", True) is None
-                and g.get("foreach") is None] if self.compiles(sum(p.numel() for p, _ in ours)) else []
-        for p, _ in ours: p.grad = None                                      # torch's own step passes them by
-        try:
-            for g in fuse: g["fused"] = True  # where we compile, torch may fuse what is left: norms, the classifier
-            self._torch_step()
-        finally:
-            for g in fuse: g["fused"] = None
-            for p, g in ours: p.grad = g
+                and g.get("foreach") is None] if self.compiles(sum(p.numel() for p in ours)) else []
+        self._step_others(ours, fuse)
         self.step_kernels(jobs)
-        for p, _ in ours:
+        for p in ours:
             if not self.state[p]: del self.state[p]  # as torch, which keeps none for SGD without momentum
+
+# %% ../nbs/01f_optim.ipynb #58795911
+def _stretched(p: Tensor, before: Tensor, m: GradMult | None, decay: float) -> Tensor:
+    "Where `p` belongs, which torch's class moved from `before`: the step times `m`, and `before` decayed by that part"
+    step = p - before
+    new = before*(1 - decay) + (step if m is None else times_(m, step))
+    stays = None if m is None else unmoved(m, p)
+    if stays is not None: local_rows(new).copy_(torch.where(stays, local_rows(before), local_rows(new)))
+    return new
 
 # %% ../nbs/01f_optim.ipynb #fc20385c
 class _Stretched(Beside):
@@ -107,7 +128,7 @@ class _Stretched(Beside):
             groups = [{"weight_decay": decay, **g} for g in groups]
         super().__init__(groups, *args, **kwargs)
 
-    def _advance(self):
+    def _advance(self) -> None:
         "The inner step, Σ|α| times as long, and decoupled decay"
         ours = [(p, p.clone(), m, g) for g in self.param_groups for p, m in zip(g["params"], self.grad_mults(g, 0))
                 if p.grad is not None]
@@ -117,36 +138,37 @@ class _Stretched(Beside):
             self._torch_step()
         finally:
             for g, decay in zip(self.param_groups, decays): g["weight_decay"] = decay
-        for p, before, m, g in ours:
-            step = p - before
-            new = before*(1 - g["lr"]*g["weight_decay"]) + (step if m is None else times_(m, step))
-            stays = None if m is None else unmoved(m, p)
-            if stays is not None: local_rows(new).copy_(torch.where(stays, local_rows(before), local_rows(new)))
-            p.copy_(new)
+        for p, before, m, g in ours: p.copy_(_stretched(p, before, m, g["lr"]*g["weight_decay"]))
 
-    def _check_group(self, group):
+    def _check_group(self, group: Mapping) -> None:
         super()._check_group(group)
         if "rep_decay" in group:
             raise ValueError(f"this state_dict of {type(self).__name__} is of an older version, whose state had seen "
                              "multiplied gradients: begin anew")
 
 # %% ../nbs/01f_optim.ipynb #54ac237a
-def _init_of(cls: type, base: type) -> Callable:
+def _init_of(cls: type, base: Any) -> Callable:
     "`base.__init__` that shows the arguments of `cls` and its own"
     def __init__(self, *args, **kwargs): base.__init__(self, *args, **kwargs)
+    init: Any = __init__
     try: theirs = dict(signature(cls).parameters)
-    except (TypeError, ValueError): return __init__                            # a class that does not say
+    except (TypeError, ValueError): return init                                # a class that does not say
     ours = {n: p for n, p in signature(base.__init__).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
     if base is _Stretched:
         ours.setdefault("weight_decay", Parameter("weight_decay", Parameter.KEYWORD_ONLY, default=0., annotation=float))
     me = Parameter("self", Parameter.POSITIONAL_ONLY)
     shown = sorted([*theirs.values(), *(p for n, p in ours.items() if n not in theirs)], key=lambda p: p.kind)
     if shown[0].kind is not Parameter.POSITIONAL_ONLY: me = me.replace(kind=Parameter.POSITIONAL_OR_KEYWORD)
-    __init__.__signature__ = Signature([me, *shown])
-    return __init__
+    init.__signature__ = Signature([me, *shown])
+    return init
 
 # %% ../nbs/01f_optim.ipynb #70c1d36d
 def _reduce(self, _): return _rebuild, (self.torch_class, self.way), self.__getstate__()
+
+
+def _rebuild(cls, rule):
+    c = _attached(cls) if rule == "attached" else rep_optimizer(cls, rule)
+    return c.__new__(c)
 
 # %% ../nbs/01f_optim.ipynb #16c550fd
 _DOC = """`{0}` for parameters with scales: {1}.
@@ -163,7 +185,7 @@ _DOC = """`{0}` for parameters with scales: {1}.
 
 # %% ../nbs/01f_optim.ipynb #3f1be36b
 @lru_cache(maxsize=None)
-def _made(cls: type, rule: str | None, known) -> type:
+def _made(cls: Any, rule: str | None, known: Rule | None) -> type:
     "The class of `rep_optimizer`, made once for each rule that was registered for `cls`"
     way = rule or ("explicit" if known is None else "branch" if known.update else "gradient")
     base = dict(gradient=_Ruled, branch=_Ruled, update=_Stretched, explicit=Explicit)[way]
@@ -175,6 +197,17 @@ def _made(cls: type, rule: str | None, known) -> type:
                 dict(rule=known if way == "branch" else None, torch_class=cls, way=rule, __init__=_init_of(cls, base),
                      __reduce_ex__=_reduce, __module__=__name__, __doc__=_DOC.format(bare, enters)))
 
+# %% ../nbs/01f_optim.ipynb #8524436f
+def _check_class(cls: Any) -> None:
+    "ValueError for what is no class of optimizers with a step of its own, or has no RepOptimizer"
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
+    if cls.step is torch.optim.Optimizer.step:  # type: ignore[attr-defined]
+        raise ValueError(f"{cls.__name__} has no step of its own: rep_optimizer takes a class that has one, such as "
+                         "torch.optim.SGD")
+    if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
+    if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
+
 # %% ../nbs/01f_optim.ipynb #ece1c55c
 def rep_optimizer(cls: type, rule: str | None = None) -> type:
     """The RepOptimizer of a torch optimizer class, with its signature plus `scales=` and `plain=`.
@@ -185,13 +218,7 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
     for a class that is none of an optimizer, that no way fits, or that is a RepOptimizer already. Section 3.4.
 
         opt = rep_optimizer(torch.optim.NAdam)(param_groups(model), lr=1e-3, scales=scales)"""
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ValueError(f"rep_optimizer takes a class of optimizers, not {cls!r}")
-    if cls.step is torch.optim.Optimizer.step:
-        raise ValueError(f"{cls.__name__} has no step of its own: rep_optimizer takes a class that has one, such as "
-                         "torch.optim.SGD")
-    if issubclass(cls, RepOptimizer): raise ValueError(f"{cls.__name__} is a RepOptimizer already")
-    if cls in REFUSED: raise ValueError(f"{cls.__name__} has no RepOptimizer: {REFUSED[cls]}")
+    _check_class(cls)
     if rule and rule not in ("gradient", "branch", "update", "explicit"):
         raise ValueError(f"rule must be None, 'gradient', 'branch', 'update' or 'explicit', not {rule!r}")
     known = RULES.get(cls)
@@ -201,11 +228,6 @@ def rep_optimizer(cls: type, rule: str | None = None) -> type:
         raise ValueError(f"{cls.__name__} does not follow the size of its gradient: a constant on it is lost. Use "
                          f"rule=None")
     return _made(cls, rule or None, known)
-
-# %% ../nbs/01f_optim.ipynb #e84d355e
-def _rebuild(cls, rule):
-    c = _attached(cls) if rule == "attached" else rep_optimizer(cls, rule)
-    return c.__new__(c)
 
 # %% ../nbs/01f_optim.ipynb #03189aa2
 _all_ = ["Explicit", "RepOptimizer", "param_groups"]                            # found here too
@@ -218,6 +240,23 @@ RepRprop, RepLion = rep_optimizer(torch.optim.Rprop), rep_optimizer(Lion)
 # %% ../nbs/01f_optim.ipynb #6f5dada7
 RepAdamax, RepAdadelta = rep_optimizer(torch.optim.Adamax), rep_optimizer(torch.optim.Adadelta)
 _Lion = Lion                                                                   # its name in older pickles
+
+# %% ../nbs/01f_optim.ipynb #076a25d1
+def _norm2(m: GradMult | None, g: Tensor) -> Tensor:
+    "Σ M g², M = 1 without a Grad Mult; of a sharded gradient over all shards"
+    if not hasattr(g, "placements"): return g.square().sum() if m is None else m.norm2(g)
+    square = g.square()
+    return (square if m is None else times_(m, square)).sum().full_tensor()
+
+# %% ../nbs/01f_optim.ipynb #ab680ca3
+def _inside(optimizer: Any) -> RepOptimizer:
+    "The RepOptimizer that `optimizer` is, or that accelerate and Lightning have wrapped. ValueError for another."
+    own = optimizer
+    while not isinstance(own, RepOptimizer) and isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
+        own = own.optimizer
+    if isinstance(own, RepOptimizer): return own
+    raise ValueError(f"{type(own).__name__} has no scales, so that torch.nn.utils.clip_grad_norm_ is exact for it: "
+                     f"clip_grad_norm_ is for RepOptimizers")
 
 # %% ../nbs/01f_optim.ipynb #9d532cdc
 @torch.no_grad()
@@ -233,12 +272,7 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_
         loss.backward()
         clip_grad_norm_(opt, 1.)
         opt.step()"""
-    own = optimizer
-    while not isinstance(own, RepOptimizer) and isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
-        own = own.optimizer
-    if not isinstance(own, RepOptimizer):
-        raise ValueError(f"{type(own).__name__} has no scales, so that torch.nn.utils.clip_grad_norm_ is exact for it: "
-                         f"clip_grad_norm_ is for RepOptimizers")
+    own = _inside(optimizer)
     try: above = bool(max_norm > 0)
     except TypeError: above = False
     if not above: raise ValueError(f"max_norm={max_norm!r} must be a number above 0")
@@ -252,40 +286,13 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, error_if_
     torch._foreach_mul_([local_rows(g) for _, g in pairs], factor)
     return norm
 
-# %% ../nbs/01f_optim.ipynb #076a25d1
-def _norm2(m: GradMult | None, g: Tensor) -> Tensor:
-    "Σ M g², M = 1 without a Grad Mult; of a sharded gradient over all shards"
-    if not hasattr(g, "placements"): return g.square().sum() if m is None else m.norm2(g)
-    square = g.square()
-    return (square if m is None else times_(m, square)).sum().full_tensor()
-
-# %% ../nbs/01f_optim.ipynb #823eb38c
-def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain: Iterable = ()) -> "_Handle":
-    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, accelerate's wrapper or not.
-
-    It keeps its state, groups and hooks, and what a scheduler has put around its step. Returns a handle: `remove()`.
-    Raises ValueError for another class, for scales that do not fit, and for an optimizer that has scales already."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer): optimizer = optimizer.optimizer
-    kind = type(optimizer)
-    if isinstance(optimizer, RepOptimizer):
-        raise ValueError(f"this {kind.__name__} has scales already: multiplying its gradients twice would square them. "
-                         "Call remove() on the handle of its first attach")
-    if kind not in (torch.optim.SGD, torch.optim.ASGD):
-        raise ValueError("attach multiplies gradients, which is exact for SGD and ASGD alone, not for "
-                         f"{kind.__name__}: use rep_optimizer({kind.__name__})")
-    if any("param_names" not in g for g in optimizer.param_groups):
-        raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
-    new = _attached(kind).__new__(_attached(kind))
-    groups = [{**g, "params": list(zip(g["param_names"], g["params"]))} for g in optimizer.param_groups]
-    groups = new._bind(groups, scales, plain)
-    for g in groups: new._check_group(g)
-    handle = _Handle(optimizer)
-    for g, own in zip(optimizer.param_groups, groups):
-        g.update(param_names=[n for n, _ in own["params"]], **new.marks())
-    optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
-    optimizer.__class__ = type(new)
-    if "step" in vars(optimizer): optimizer.step = _eager(optimizer.step)          # a scheduler's, around torch's own
-    return handle
+# %% ../nbs/01f_optim.ipynb #539545c3
+def _held(grad: Tensor, m: GradMult, p: Tensor, group: Mapping) -> Tensor:
+    "`grad`, the multiplied gradient of `p`, set so that torch's decay in `group` leaves what no branch moves"
+    if m.beyond is None: return grad
+    decay = (group.get("weight_decay", 0) + group.get("lambd", 0))*(1 if group["maximize"] else -1)
+    local_rows(grad).copy_(torch.where(unmoved(m, p), decay*local_rows(p), local_rows(grad)))
+    return grad
 
 # %% ../nbs/01f_optim.ipynb #c66e2860
 class _Attached(RepOptimizer):
@@ -298,21 +305,8 @@ class _Attached(RepOptimizer):
         out = super()._init_group(group, params, grads, *state)
         mults = dict(zip(group["params"], self.grad_mults(group)))
         for i, p in enumerate(params):
-            if (m := mults[p]) is None: continue
-            grads[i] = _multiplied(m, p)
-            if m.beyond is None: continue
-            decay = (group.get("weight_decay", 0) + group.get("lambd", 0))*(1 if group["maximize"] else -1)
-            # what torch's decay takes is given back
-            local_rows(grads[i]).copy_(torch.where(unmoved(m, p), decay*local_rows(p), local_rows(grads[i])))
+            if (m := mults[p]) is not None: grads[i] = _held(_multiplied(m, p), m, p, group)
         return out
-
-# %% ../nbs/01f_optim.ipynb #cc1bf9d5
-@lru_cache(maxsize=None)
-def _attached(cls):
-    doc = f"`{cls.__name__}` to which `attach` gave scales."
-    body = dict(step=_eager(cls.step), torch_class=cls, way="attached", __module__=__name__, __doc__=doc,
-                __reduce_ex__=_reduce)
-    return type(cls.__name__, (_Attached, cls), body)
 
 
 def _eager(step: Callable) -> Callable:
@@ -320,6 +314,14 @@ def _eager(step: Callable) -> Callable:
     @torch._disable_dynamo
     def run(*args, **kwargs): return step(*args, **kwargs)
     return wraps(step)(run)
+
+
+@lru_cache(maxsize=None)
+def _attached(cls: Any) -> Any:
+    doc = f"`{cls.__name__}` to which `attach` gave scales."
+    body = dict(step=_eager(cls.step), torch_class=cls, way="attached", __module__=__name__, __doc__=doc,
+                __reduce_ex__=_reduce)
+    return type(cls.__name__, (_Attached, cls), body)
 
 # %% ../nbs/01f_optim.ipynb #1693b81a
 class _Handle:
@@ -330,9 +332,44 @@ class _Handle:
     def remove(self) -> None:
         "Take the scales away again: the optimizer is of its stock class, and keeps its state"
         if not isinstance(self.optimizer, _Attached): return
-        self.optimizer.__class__ = self.optimizer.torch_class
-        for g, names in zip(self.optimizer.param_groups, self.names): g["param_names"] = names
-        for g in self.optimizer.param_groups:
+        own: Any = self.optimizer
+        own.__class__ = own.torch_class
+        for g, names in zip(own.param_groups, self.names): g["param_names"] = names
+        for g in own.param_groups:
             for k in MARKS: g.pop(k, None)
         for k in ("scales", "plain", "_named", "_mult_cache", "_views", "_ages", "_compiled", "_told"):
-            delattr(self.optimizer, k)
+            delattr(own, k)
+
+# %% ../nbs/01f_optim.ipynb #826cadcc
+def _check_stock(optimizer: torch.optim.Optimizer) -> None:
+    "ValueError for an optimizer that `attach` cannot give scales"
+    kind = type(optimizer)
+    if isinstance(optimizer, RepOptimizer):
+        raise ValueError(f"this {kind.__name__} has scales already: multiplying its gradients twice would square them. "
+                         "Call remove() on the handle of its first attach")
+    if kind not in (torch.optim.SGD, torch.optim.ASGD):
+        raise ValueError("attach multiplies gradients, which is exact for SGD and ASGD alone, not for "
+                         f"{kind.__name__}: use rep_optimizer({kind.__name__})")
+    if any("param_names" not in g for g in optimizer.param_groups):
+        raise ValueError("the optimizer does not know its parameters' names: build it with model.named_parameters()")
+
+# %% ../nbs/01f_optim.ipynb #823eb38c
+def attach(optimizer: torch.optim.Optimizer, scales: Mapping, plain: Iterable = ()) -> _Handle:
+    """Make a RepOptimizer of a stock `SGD` or `ASGD` that was built with named parameters, accelerate's wrapper or not.
+
+    It keeps its state, groups and hooks, and what a scheduler has put around its step. Returns a handle: `remove()`.
+    Raises ValueError for another class, for scales that do not fit, and for an optimizer that has scales already."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer): optimizer = optimizer.optimizer
+    _check_stock(optimizer)
+    kind: Any = type(optimizer)
+    new = _attached(kind).__new__(_attached(kind))
+    groups = [{**g, "params": list(zip(g["param_names"], g["params"]))} for g in optimizer.param_groups]
+    groups = new._bind(groups, scales, plain)
+    for g in groups: new._check_group(g)
+    handle = _Handle(optimizer)
+    for g, own in zip(optimizer.param_groups, groups):
+        g.update(param_names=[n for n, _ in own["params"]], **new.marks())
+    optimizer.__dict__.update(new.__dict__, _step_supports_amp_scaling=False)
+    optimizer.__class__ = type(new)
+    if "step" in vars(optimizer): optimizer.step = _eager(optimizer.step)          # a scheduler's, around torch's own
+    return handle

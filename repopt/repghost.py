@@ -6,14 +6,14 @@
 __all__ = ['GROUPS', 'SIZES', 'FAMILIES', 'norm', 'GhostModule', 'channels', 'Bottleneck', 'GhostNet']
 
 # %% ../nbs/02a_repghost.ipynb #5def9906
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .csla import Device, Identity
 # create_model knows every family to those who import it from here
-from .models import FAMILIES, MODES, SE, Family, Net, create_model, fuse_norm, initial_scales
+from .models import FAMILIES, MODES, SE, Family, Net, create_model, fuse_norm, fused_conv, initial_scales
 from .scales import Scales
 
 # %% ../nbs/02a_repghost.ipynb #0def3c68
@@ -30,8 +30,8 @@ class GhostModule(nn.Module):
         super().__init__()
         self.primary = norm(nn.Conv2d(cin, cout, 1, bias=False), relu)
         self.fusion = nn.BatchNorm2d(cout) if fusion else None
-        self.conv, self.bn = nn.Conv2d(cout, cout, 3, padding=1, groups=cout, bias=False,
-                                       device=device), nn.BatchNorm2d(cout)
+        self.conv = nn.Conv2d(cout, cout, 3, padding=1, groups=cout, bias=False, device=device)
+        self.bn = nn.BatchNorm2d(cout)
         self.relu = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,11 +45,9 @@ class GhostModule(nn.Module):
 
         Exact in eval mode; a module without fusion layer is left as it is."""
         if self.fusion is None: return
-        W, old = self.conv.weight, self.conv
-        parts = fuse_norm(W, self.bn), fuse_norm(Identity().embed(W.new_ones(len(W)), W), self.fusion)
-        self.conv = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, groups=old.groups,
-                              device="meta").train(self.training)
-        self.conv.weight, self.conv.bias = (nn.Parameter(sum(p)) for p in zip(*parts))
+        W = self.conv.weight
+        self.conv = fused_conv(self.conv, [fuse_norm(W, self.bn),
+                                           fuse_norm(Identity().embed(W.new_ones(len(W)), W), self.fusion)])
         self.bn, self.fusion = nn.Identity(), None
 
 # %% ../nbs/02a_repghost.ipynb #7059a961
@@ -84,6 +82,34 @@ GROUPS = (((3, 8, 16, False, 1),),
           ((5, 336, 160, True, 2),), ((5, 480, 160, False, 1), (5, 480, 160, True, 1), (5, 480, 160, False, 1),
                                       (5, 480, 160, True, 1)))
 
+# %% ../nbs/02a_repghost.ipynb #face7e31
+def _groups(width: float, strides: Sequence[int], fusion: bool, device: Device) -> list[nn.Sequential]:
+    "The nine groups of bottlenecks at `width`; `strides` of the four that shrink"
+    cin, left, groups = channels(16*width), [*strides], []
+    for group in GROUPS:
+        blocks = []
+        for kernel, hidden, cout, gated, stride in group:
+            hidden, cout = channels(hidden*width), channels(cout*width)
+            blocks.append(Bottleneck(cin, hidden, cout, kernel, left.pop(0) if stride == 2 else 1, gated, fusion,
+                                     device))
+            cin = cout
+        groups.append(nn.Sequential(*blocks))
+    return groups
+
+# %% ../nbs/02a_repghost.ipynb #c7400e7f
+def _begin(net: nn.Module, how: str) -> dict:
+    "{kernel: {branch: `[O]`}}, the scales with which a search on `net` begins. ValueError for another `how`."
+    if how not in ("ones", "sqrt2l"): raise ValueError(f"how must be 'ones' or 'sqrt2l', not {how!r}")
+    out, n = {}, 0
+    for name, block in net.named_modules():
+        if not isinstance(block, Bottleneck): continue
+        n = n if block.same else 0
+        for k in (1, 2):
+            n, one = n + 1, torch.ones(block.get_submodule(f"ghost{k}").bn.num_features, device="cpu")
+            out[f"{name}.ghost{k}.conv.weight"] = dict(conv=one*(sqrt(2/(n + 1)) if how == "sqrt2l" else 1),
+                                                       identity=one)
+    return out
+
 # %% ../nbs/02a_repghost.ipynb #a8c73915
 class GhostNet(Net):
     "RepGhostNet (`fusion`) or RepOpt-GhostNet at `width`; `strides`: of the stem and of the four groups that shrink."
@@ -91,18 +117,10 @@ class GhostNet(Net):
                  strides: Sequence[int] = (2, 2, 2, 2, 2), arch: str = "", device: Device = None):
         super().__init__()
         self.arch, self.num_classes, self.num_features = arch, num_classes, 1280
-        cin, (first, *left) = channels(16*width), strides
-        self.stem, groups = norm(nn.Conv2d(in_chans, cin, 3, first, 1, bias=False), relu=True), []
-        for group in GROUPS:
-            blocks = []
-            for kernel, hidden, cout, gated, stride in group:
-                hidden, cout = channels(hidden*width), channels(cout*width)
-                blocks.append(Bottleneck(cin, hidden, cout, kernel, left.pop(0) if stride == 2 else 1, gated, fusion,
-                                         device))
-                cin = cout
-            groups.append(nn.Sequential(*blocks))
-        self.blocks, last = nn.Sequential(*groups), channels(2*480*width)
-        self.last, self.head = norm(nn.Conv2d(cin, last, 1, bias=False), relu=True), nn.Linear(last, self.num_features)
+        cin, cout, last = channels(16*width), channels(GROUPS[-1][-1][2]*width), channels(2*480*width)
+        self.stem = norm(nn.Conv2d(in_chans, cin, 3, strides[0], 1, bias=False), relu=True)
+        self.blocks = nn.Sequential(*_groups(width, strides[1:], fusion, device))
+        self.last, self.head = norm(nn.Conv2d(cout, last, 1, bias=False), relu=True), nn.Linear(last, self.num_features)
         self.drop, self.linear = nn.Dropout(.2), nn.Linear(self.num_features, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -115,17 +133,8 @@ class GhostNet(Net):
         return x if pre_logits else self.linear(self.drop(x))
 
     def initial_scales(self, how: str = "sqrt2l") -> Scales:
-        "The scales with which a search begins: 'ones', or 'sqrt2l'"
-        if how not in ("ones", "sqrt2l"): raise ValueError(f"how must be 'ones' or 'sqrt2l', not {how!r}")
-        out, n = {}, 0
-        for name, block in self.named_modules():
-            if not isinstance(block, Bottleneck): continue
-            n = n if block.same else 0
-            for k in (1, 2):
-                n, one = n + 1, torch.ones(block.get_submodule(f"ghost{k}").bn.num_features, device="cpu")
-                out[f"{name}.ghost{k}.conv.weight"] = dict(conv=one*(sqrt(2/(n + 1)) if how == "sqrt2l" else 1),
-                                                           identity=one)
-        return Scales(out, arch=self.arch, recipe=how)
+        "The scales with which a search begins: 'ones', or 'sqrt2l'. Raises ValueError for another word."
+        return Scales(_begin(self, how), arch=self.arch, recipe=how)
 
     @property
     def plain(self) -> list:  # type: ignore[override]
@@ -145,7 +154,7 @@ SIZES = {f"{round(100*w):03d}": (w, (2, 2, 2, 2, 2))
          for w in (.5, .58, .8, 1., 1.11, 1.3, 1.5, 2.)} | dict(digits=(.5, (1, 1, 2, 2, 1)))
 
 
-def _ghost(fusion):
+def _ghost(fusion: bool) -> Callable:
     def make(size, num_classes, in_chans, strides, se, arch, device):
         if se: raise ValueError(f"{arch} has its gates where RepGhostNet has them; there is no variant with se=True")
         width, own = SIZES[size]

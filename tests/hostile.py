@@ -76,10 +76,12 @@ def kind(name):
     return lambda f: KINDS.append((name, f)) or f
 
 
-def cases(word="") -> list:
-    "Those of the kind `word`, or with the word in their names; all of ''"
-    of = [(k, f) for k, f in KINDS if word == k] or KINDS
-    return [c._replace(kind=k) for k, f in of for c in f() if word in (k, "") or word in c.what]
+def cases(*words) -> list:
+    "Those of a kind that is one of `words`, or with one of them in their names; without words all"
+    inside = [w for w in words if w not in {k for k, _ in KINDS}]
+    of = [(k, f) for k, f in KINDS if not words or inside or k in words]
+    return [c._replace(kind=k) for k, f in of for c in f()
+            if not words or k in words or any(w in c.what for w in inside)]
 
 
 def case(what, do, exit, *words, **more):
@@ -2072,15 +2074,16 @@ def play_here(c, number) -> tuple:
 def main(argv=None) -> int:
     "Play the cases, print the counts and the list of what is not handled. Returns the exit code."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("-k", metavar="WORD", default="", help="a kind, or a word of the cases' names")
+    p.add_argument("-k", metavar="WORD", default=[], action="append", help="a kind, or a word of the cases' names; "
+                   "may be given again")
     p.add_argument("-l", "--list", action="store_true", help="print the cases, play none")
     p.add_argument("-v", "--verbose", action="store_true", help="print what each case said, and its seconds")
     a = p.parse_args(argv)
     began, counts, wrong = time.time(), defaultdict(Counter), []
     def say(c, verdict, seen):
         if a.verbose: print(f"{verdict}: {c.kind}: {c.what}: {seen}", flush=True)
-    if a.list: print(*(f"{c.kind}: {c.what}" for c in cases(a.k)), sep="\n")
-    for c, verdict, seen in [(c, "listed", "") for c in cases(a.k)] if a.list else play(cases(a.k), say):
+    if a.list: print(*(f"{c.kind}: {c.what}" for c in cases(*a.k)), sep="\n")
+    for c, verdict, seen in [(c, "listed", "") for c in cases(*a.k)] if a.list else play(cases(*a.k), say):
         counts[c.kind][verdict] += 1
         if verdict not in ("handled", "listed"): wrong.append((verdict, c, seen))
     print(*(f"{v}: {c.kind}: {c.what}: {seen}" for v, c, seen in wrong), sep="\n", end="\n" if wrong else "")

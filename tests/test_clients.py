@@ -15,7 +15,7 @@ with pytest.MonkeyPatch.context() as m:  # that import forbids, to all tests, to
 from repopt.csla import CSLA, Block
 from repopt.grad_mult import constants, named_branch
 from repopt.search import to_hyper_search
-from repopt.contract import param_groups
+from repopt.groups import param_groups
 from repopt.doctor import check_equivalence
 from repopt.optim import RepAdamW, RepSGD, attach, clip_grad_norm_, rep_optimizer
 from repopt.rules import RULES

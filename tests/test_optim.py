@@ -10,10 +10,10 @@ from torch import nn
 
 from repopt.grad_mult import rep_branches
 from repopt.models import create_model, initial_scales
-from repopt.contract import param_groups
+from repopt.groups import param_groups
 from repopt.doctor import check_equivalence
 from repopt.optim import RepAdamax, RepAdamW, RepASGD, RepSGD, rep_optimizer
-from repopt.rules import RULES
+from repopt.rules import RULES, Lion
 from repopt.scales import Scales
 
 ROOT, GOLDEN = Path(__file__).resolve().parents[1], Path(__file__).with_name("golden_repsgd.txt")
@@ -53,6 +53,26 @@ def test_every_rule_equals_explicit_branches(cls, groups, kernel, stride, wider,
             opt.step()
     a, b = (n[0].weight.detach() for n in nets)
     assert (a - b).norm() <= 1e-9*b.norm(), (cls.__name__, float((a - b).norm()/b.norm()))
+
+
+@pytest.mark.parametrize("way", [None, "explicit"])
+@pytest.mark.parametrize("cls,degree", [(torch.optim.SGD, 1), (Lion, 0)])
+def test_the_grad_mult_written_out(cls, degree, way):
+    """Eq. 3 and 14 by hand: s² everywhere, t² in the centre, 1 on its diagonal; |s|, |t|, 1 for a sign.
+
+    1 is an identity's constant whatever value its search ended with; of s and t the sign means nothing."""
+    torch.manual_seed(0)
+    (s, t, searched), diagonal = torch.randn(3, 8, dtype=torch.float64), torch.arange(8)
+    W, G = torch.randn(2, 8, 8, 3, 3, dtype=torch.float64)
+    M = (s.abs()**(degree + 1)).reshape(8, 1, 1, 1).repeat(1, 8, 3, 3)
+    M[:, :, 1, 1] += (t.abs()**(degree + 1)).reshape(8, 1)
+    M[diagonal, diagonal, 1, 1] += 1
+    p = nn.Parameter(W.clone())
+    opt = rep_optimizer(cls, way)([("p", p)], lr=.1,
+                                  scales=Scales({"p": dict(conv=s, conv_1x1=t, identity=searched)}))
+    p.grad = G.clone()
+    opt.step()
+    torch.testing.assert_close(p.detach(), W - .1*M*(G if degree else G.sign()), rtol=1e-12, atol=1e-12)
 
 
 def golden_losses(scaled=1.):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+import forks
 import repopt
 from repopt.lab import records
 from run import project_notebooks
@@ -55,8 +56,15 @@ sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
 
 
+@pytest.fixture(scope="module")
+def parsed():
+    "{command: what became of it}, of those that begin with python"
+    own = [c for c in dict.fromkeys(COMMANDS) if c.startswith("python ")]
+    return dict(zip(own, forks.each([(PARSE, shlex.split(c)[2:], ROOT) for c in own], **ENV)))
+
+
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_a_command_is_one_that_its_program_takes(command, tmp_path):
+def test_a_command_is_one_that_its_program_takes(command, parsed):
     program, *words = shlex.split(command)
     if program == "make":
         r = do("make", "-n", *words)
@@ -72,7 +80,7 @@ def test_a_command_is_one_that_its_program_takes(command, tmp_path):
         known = {p.name for p in _infer_parameters(load_notebook_node(str(ROOT/given["notebook_path"])))}
         assert {k for k, _ in given["parameters"]} <= known
     else:
-        r = do(sys.executable, "-c", PARSE, *words[1:])
+        r = parsed[command]
         assert "parsed" in r.stdout, r.stderr
     for recipe in re.findall(r"recipe[= ](\w+)", command): Recipe.load(recipe)
 

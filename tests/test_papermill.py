@@ -34,7 +34,7 @@ def test_missing_data(tmp_path):
 def test_killed_half_way_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("REPOPT_SAVE_SECONDS", "0.3")
     build, records = tmp_path/"build", tmp_path/"figures"
-    asked = ("epochs", "8", "seeds", "2", "arms", "searched", "out", str(records))  # two searches at a time, in workers
+    asked = ("epochs", "3", "seeds", "2", "arms", "searched", "out", str(records))  # two searches at a time, in workers
     p = papermill("05_train_imagenet.ipynb", tmp_path/"out.ipynb", build, *asked)
     deadline = time.time() + 120
     while not list(build.glob("runs/*/step-*.sha256")) and time.time() < deadline: time.sleep(.02)
@@ -48,7 +48,7 @@ def test_killed_half_way_goes_on(tmp_path, monkeypatch):
     found = [json.loads(f.read_text()) for kind in ("search", "train")
              for f in records.glob(f"runs/{kind}-digits-*.json")]
     assert [(r["experiment"], len(r["epochs"]), r["status"])
-            for r in found] == [("search", 8, "done")]*2 + [("train", 8, "done")]*2
+            for r in found] == [("search", 3, "done")]*2 + [("train", 3, "done")]*2
     assert "goes on from step-" in (tmp_path/"out.ipynb").read_text()
 
 

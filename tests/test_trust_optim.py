@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim.optimizer import (register_optimizer_step_post_hook as after_all,
                                    register_optimizer_step_pre_hook as before_all)
 
-from repopt.contract import param_groups
+from repopt.groups import param_groups
 from repopt.optim import RepAdam, RepAdamW, RepSGD, attach, rep_optimizer
 from repopt.rules import RULES
 from repopt.grad_mult import GradMult

@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 # %% ../../nbs/lab/b_3_augment.ipynb #a0d0a0ab
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    "Python's and torch's generators begin at `seed`, and afterwards are where they were"
+    "While it lasts, Python's and torch's generators go on from `seed`; afterwards they are where they were"
     python, torchs = random.getstate(), torch.get_rng_state()
     random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
@@ -36,10 +36,10 @@ def seeded(seed: int) -> Iterator[None]:
 # %% ../../nbs/lab/b_3_augment.ipynb #c5fb51f9
 def pad_crop_flip(x: Tensor, pad: int, flip: bool, g: torch.Generator, among: int | None = None,
                   part: slice = slice(None)) -> Tensor:
-    """Zero-pad by `pad`, crop at a random place for each image, mirror half of them. `x` `[N, C, H, W]`, on its own
-    device.
+    """The images `x` `[N, C, H, W]` with zeros for `pad` pixels around them, cropped to their size at a random place
+    each, and with `flip` half of them mirrored. `g` draws, on the CPU.
 
-    Where `x` is only a `part` of a batch of `among` images, it is treated as it would have been within the whole."""
+    Where `x` is only the `part` of a batch of `among` images, each becomes what it would have become in the whole."""
     n, _, h, w = x.shape
     dy, dx, mirror = (torch.randint(k, (among or n,), generator=g)[part].to(x.device)
                       for k in (2*pad + 1, 2*pad + 1, 2))
@@ -58,9 +58,8 @@ def _cutout(x, level):
 
 # %% ../../nbs/lab/b_3_augment.ipynb #9c5238f7
 def _of_values() -> dict:
-    "The operations of `raug_ops` on the values of pixels"
+    "The operations of `raug_ops` on the values of pixels: {name: f(picture, level)}"
     from PIL import ImageOps
-    # below level 3: black
     def posterize(x, level): return x.point([i & (256 - 2**(8 - int(.4*level))) for i in range(256)]*3)
     def solarize_add(x, level): return x.point([min(255, i + int(11*level)) if i < 128 else i for i in range(256)]*3)
     return dict(
@@ -80,7 +79,7 @@ def _grey() -> dict:
 
 def _rotate(x, level): return x.rotate(_signed(3*level), **_grey())
 
-
+# %% ../../nbs/lab/b_3_augment.ipynb #494cbc45
 def _warp(x, *matrix):
     from PIL.Image import Transform
     return x.transform(x.size, Transform.AFFINE, matrix, **_grey())
@@ -88,7 +87,7 @@ def _warp(x, *matrix):
 
 def _shear_x(x, level): return _warp(x, 1, _signed(.03*level), 0, 0, 1, 0)
 
-# %% ../../nbs/lab/b_3_augment.ipynb #494cbc45
+
 def _shear_y(x, level): return _warp(x, 1, 0, 0, _signed(.03*level), 1, 0)
 
 
@@ -100,7 +99,9 @@ def _translate_y(x, level): return _warp(x, 1, 0, 0, 0, 1, _signed(.045*level*x.
 # %% ../../nbs/lab/b_3_augment.ipynb #b1f0c9d9
 @cache
 def raug_ops() -> dict:
-    "The operations of the authors' RandAugment: {name: f(picture, level)}, the level on a scale of 10 that may be left"
+    """The 16 operations of the authors' RandAugment: {name: f(picture, level)}.
+
+    The levels are those of a scale from 0 to 10, and may go beyond."""
     from PIL import ImageEnhance
     def enhance(name):
         return lambda x, level: getattr(ImageEnhance, name)(x).enhance(.1 + .18*level)
@@ -110,14 +111,14 @@ def raug_ops() -> dict:
 
 # %% ../../nbs/lab/b_3_augment.ipynb #228a4e50
 def raug15(x: "Image") -> "Image":
-    "Two operations of `raug_ops`, each at a level from 0 to 14"
+    "The picture `x` after two operations of `raug_ops`, each at a level of its own from 0 to 14"
     for _ in range(2): x = random.choice(list(raug_ops().values()))(x, random.randrange(15))
     return x
 
 # %% ../../nbs/lab/b_3_augment.ipynb #b391000e
 def erase(x: Tensor, p: float = .2) -> Tensor:
-    """Random erasing, timm's mode "pixel": with probability `p` a box of 2 % to a third of `x` `[3, H, W]`, uint8,
-    becomes noise.
+    """Random erasing, timm's mode "pixel": with probability `p` a box of 2 % to a third of the picture `x` `[3, H, W]`,
+    uint8, becomes noise, in place. Returns `x`.
 
     The noise has ImageNet's mean and deviation. It is rounded to bytes, which cuts off some 3 % of it: timm draws it
     after the normalisation."""
@@ -135,7 +136,7 @@ def erase(x: Tensor, p: float = .2) -> Tensor:
 
 # %% ../../nbs/lab/b_3_augment.ipynb #55c7be4f
 def transforms(train: bool, size: int, augment: str) -> Callable:
-    """torchvision's transforms, from a picture to uint8 `[3, size, size]`: the table above.
+    """A function from a picture to uint8 `[3, size, size]`: the row `augment` of this page's table, by torchvision.
 
     Raises DataError where torchvision is not installed."""
     v2 = needs("torchvision.transforms.v2", "an image folder")
@@ -146,8 +147,8 @@ def transforms(train: bool, size: int, augment: str) -> Callable:
         crops = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode(how)) for how in ("bilinear", "bicubic")]
         steps = [v2.RandomChoice(crops), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4)]
     else:
-        steps = [v2.RandomResizedCrop(size, antialias=True),
-                 *([v2.RandomHorizontalFlip()] if augment != "crop" else [])]
+        steps = [v2.RandomResizedCrop(size, antialias=True)]
+        if augment != "crop": steps.append(v2.RandomHorizontalFlip())
         if augment == "randaugment": steps.append(v2.RandAugment(num_ops=2, magnitude=15))
         if augment == "raug15": steps.append(raug15)
     return v2.Compose([*steps, v2.PILToTensor(), *([erase] if train and augment == "ghost" else [])])

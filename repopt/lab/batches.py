@@ -43,7 +43,7 @@ class Split:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 # %% ../../nbs/lab/b_4_batches.ipynb #777df28a
-def generator(*key, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
     "A generator whose stream depends on all of `key` and on nothing else"
     hashed = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(hashed[:7], "big"))
@@ -143,7 +143,7 @@ def _check_classes(folder, workers: int) -> None:
             try: return folder.loader(p) is None
             except Exception as e: why_broken(e)
         return True
-    pictures = [[] for _ in folder.classes]
+    pictures: list = [[] for _ in folder.classes]
     for p, y in folder.samples: pictures[y].append(p)
     with ThreadPoolExecutor(max(1, workers)) as pool: found = list(pool.map(lost, pictures))
     if any(found): raise nothing_left(pictures[found.index(True)])
@@ -172,7 +172,8 @@ class FolderLoader(Loader):
     def __init__(self, path: str | Path, batch_size: int, size: int, augment: str = "randaugment", train: bool = True,
                  seed: int = 0, device: str | torch.device = "cpu", workers: int | None = None,
                  shard: tuple = (0, 1), broken: str = "skip"):
-        self.folder, self.broken = open_folder(path), {}
+        self.folder = open_folder(path)
+        self.broken: dict = {}
         super().__init__(len(self.folder), batch_size, train, seed, device, shard, IMAGENET_MEAN, IMAGENET_STD)
         self.data = _Pictures(self.folder, transforms(train, size, augment), train, size)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -17,18 +17,25 @@ from .pictures import (DataError, Folder, NoPictures, class_names, digest, glanc
                                  say_broken, unusable, why_broken)
 if TYPE_CHECKING: from PIL.Image import Image
 
+# %% ../../nbs/lab/b_2_packed.ipynb #4dc2e5b7
+def _malformed(packed, labels) -> str:
+    "Which array of the index of `packed` is not of its kind, or nothing"
+    n, classes = len(labels), packed.classes
+    for name, a, shape in (("labels", labels, (n,)), ("offsets", packed.places, (n + 1,)),
+                           ("sizes", packed.sizes, (n, 2))):
+        if a.shape != shape or a.dtype.kind not in "iu":
+            return f"{name} are {a.dtype} of {a.shape}, not integers of {shape}"
+    named = all(isinstance(c, str) for c in classes) and len(set(classes)) == len(classes)
+    return "" if named else "its classes are not names"
+
 # %% ../../nbs/lab/b_2_packed.ipynb #b2910006
 def _fault(packed, labels, size: int) -> str:
     "What is wrong with the index of `packed`, its bytes being `size`, or nothing"
-    n, classes, sizes, places = len(labels), packed.classes, packed.sizes, packed.places
-    for name, a, shape in (("labels", labels, (n,)), ("offsets", places, (n + 1,)), ("sizes", sizes, (n, 2))):
-        if a.shape != shape or a.dtype.kind not in "iu":
-            return f"{name} are {a.dtype} of {a.shape}, not integers of {shape}"
-    if not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes):
-        return "its classes are not names"
-    if n == 0 or not np.array_equal(np.unique(labels), np.arange(len(classes))):
-        return (f"labels from {min(labels, default=0)} to {max(labels, default=0)} for {len(classes)} classes, each of "
-                "which needs a picture")
+    sizes, places = packed.sizes, packed.places
+    if wrong := _malformed(packed, labels): return wrong
+    if len(labels) == 0 or not np.array_equal(np.unique(labels), np.arange(len(packed.classes))):
+        return (f"labels from {min(labels, default=0)} to {max(labels, default=0)} for {len(packed.classes)} classes, "
+                "each of which needs a picture")
     if (labels[1:] < labels[:-1]).any(): return "labels that are not in order"
     if sizes.min() < 1: return "pictures without pixels"
     if places[0] != 0 or not np.array_equal(np.diff(places.astype(np.int64)), 3*sizes.astype(np.int64).prod(1)):
@@ -37,18 +44,20 @@ def _fault(packed, labels, size: int) -> str:
 
 # %% ../../nbs/lab/b_2_packed.ipynb #b2910013
 def _seen(packed, file: int, sample) -> bytes:
-    "Of a packed picture the label, the shape and a `glance`"
+    "What a digest takes of a packed picture: its label, its shape, and a `glance` into the open `file`"
     i, y = sample
     start, stop = packed.places[i:i + 2].tolist()
     return f"{y} {packed.sizes[i].tolist()} ".encode() + glance(file, start, stop - start)
 
 # %% ../../nbs/lab/b_2_packed.ipynb #0f5c91c4
 class Packed:
-    """What `pack` wrote for one split, with ImageFolder's surface: `.classes`, `.samples`, `.targets`, `.loader`.
+    """What `pack` wrote for one split, with ImageFolder's surface: `.classes`, `.samples` (number, label), `.targets`
+    (labels), `.loader`.
 
     Raises DataError where its files are missing, damaged or do not fit each other."""
     def __init__(self, path: str | Path):
-        self.root, self.pixels = path, None
+        self.root = path
+        self.pixels: np.ndarray | None = None                                # all bytes, once a picture was asked for
         try:
             with np.load(f"{path}.npz") as f: index = dict(f)
             self.classes, labels = index["classes"].tolist(), index["labels"]
@@ -64,14 +73,14 @@ class Packed:
     def __len__(self): return len(self.samples)
 
     def loader(self, i: int) -> "Image":
-        "Picture `i`; the file is opened in the worker that reads"
+        "Picture `i`. The file is opened where the first is read, which is in a worker"
         from PIL import Image
         if self.pixels is None: self.pixels = np.memmap(f"{self.root}.u8", np.uint8, "r")
         return Image.fromarray(self.pixels[self.places[i]:self.places[i + 1]].reshape(*self.sizes[i], 3))
 
     @property
     def sha256(self) -> str:
-        "As of `Folder`: of the classes, and of the label, the shape and a `glance` at each picture"
+        "Of the classes, and of the label, the shape and a `glance` at each picture"
         with open(f"{self.root}.u8", "rb") as f: seen = digest(partial(_seen, self, f.fileno()), self.samples)
         return hashlib.sha256(f"{self.classes} {seen}".encode()).hexdigest()
 
@@ -81,7 +90,7 @@ def _listing(folder: Folder) -> str:
     skip = len(os.path.join(folder.root, ""))
     return hashlib.sha256(repr([os.fsencode(p[skip:]) for p, _ in folder.samples]).encode()).hexdigest()
 
-
+# %% ../../nbs/lab/b_2_packed.ipynb #3b80b1c3
 def _unpacked(path):
     "The `Folder` at `path`, or None where only packed pictures are left"
     packed = Path(f"{path}.u8").exists()
@@ -95,7 +104,7 @@ def _unpacked(path):
 def open_folder(path: str | Path) -> Folder | Packed:
     """The packed split `path` where there is one, else the folder.
 
-    Raises DataError where pictures came or went since it was packed."""
+    Raises DataError where pictures came or went since it was packed, and as `Folder` and `Packed` do."""
     if not Path(f"{path}.u8").exists(): return Folder(path)
     packed, folder = Packed(path), _unpacked(path)
     if folder and packed.listing and packed.listing != _listing(folder):
@@ -103,10 +112,16 @@ def open_folder(path: str | Path) -> Folder | Packed:
                         f"and {path}.npz")
     return packed
 
+# %% ../../nbs/lab/b_2_packed.ipynb #4d694d4d
+def _classes(path) -> list[str]:
+    "The classes of a split, packed or not; none where it does not exist"
+    if Path(f"{path}.u8").exists(): return Packed(path).classes
+    return class_names(path) if os.path.lexists(path) else []
+
 # %% ../../nbs/lab/b_2_packed.ipynb #b1f0c9d8
-def image_folders(root: str | Path) -> tuple:
-    "(train, val) folders of class folders below `root`. Raises DataError, which says what is missing or differs."
-    folders = [Path(root)/s for s in ("train", "val")]
+def image_folders(root: str | Path) -> tuple[Path, Path]:
+    "The folders (train, val) below `root`. Raises DataError, which says what is missing or differs, if it must."
+    train, val = folders = Path(root)/"train", Path(root)/"val"
     classes = [_classes(f) for f in folders]
     for f, c in zip(folders, classes):
         if not c:
@@ -114,19 +129,12 @@ def image_folders(root: str | Path) -> tuple:
                             f"{root}/val/<class>/*.JPEG, saw {holds(root)}")
     if classes[0] != classes[1]:
         differ = sorted(set(classes[0]) ^ set(classes[1]))[:5]
-        raise DataError(f"{folders[0]} and {folders[1]} hold different classes: {differ}: give both the same class "
-                        f"folders")
-    return tuple(folders)
-
-# %% ../../nbs/lab/b_2_packed.ipynb #4d694d4d
-def _classes(path) -> list:
-    "The classes of a split, packed or not; none where it does not exist"
-    if Path(f"{path}.u8").exists(): return Packed(path).classes
-    return class_names(path) if os.path.lexists(path) else []
+        raise DataError(f"{train} and {val} hold different classes: {differ}: give both the same class folders")
+    return folders
 
 # %% ../../nbs/lab/b_2_packed.ipynb #b291000b
 def _shrunk(folder, size: int, sample) -> np.ndarray | str:
-    "A picture, its short side at most `size`; or why it is broken"
+    "The pixels `[H, W, 3]` of a picture, its short side at most `size`; or why it is broken"
     try: x = folder.loader(sample[0])
     except Exception as e: return why_broken(e)
     k = size/min(x.size)
@@ -134,7 +142,7 @@ def _shrunk(folder, size: int, sample) -> np.ndarray | str:
 
 # %% ../../nbs/lab/b_2_packed.ipynb #6601754d
 def _all_shrunk(folder, size: int, workers: int | None) -> Iterator:
-    "Yield ((path, label), what `_shrunk` makes of it) of all pictures in order, some of them decoded ahead"
+    "Yield ((path, label), what `_shrunk` makes of it) for all pictures in order, some of them decoded ahead"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for start in range(0, len(folder), 256):
             some = folder.samples[start:start + 256]
@@ -142,10 +150,7 @@ def _all_shrunk(folder, size: int, workers: int | None) -> Iterator:
 
 # %% ../../nbs/lab/b_2_packed.ipynb #b291000c
 def _pack(folder, target: Path, size: int, workers: int | None) -> int:
-    "Write one split to `target.u8.part` and `target.npz.part`. Returns its pictures."
-    if isinstance(folder, Packed) and 0 < folder.size < size:
-        raise DataError(f"{folder.root}.u8 was packed at {folder.size} pixels, and no pictures lie beside it to be "
-                        f"read at {size}")
+    "Write one split to `target.u8.part` and `target.npz.part`. Returns the number of its pictures."
     labels, offsets, sizes, broken = [], [0], [], {}
     with open(f"{target}.u8.part", "wb") as f:
         for (name, y), x in _all_shrunk(folder, size, workers):
@@ -163,27 +168,41 @@ def _pack(folder, target: Path, size: int, workers: int | None) -> int:
         np.savez(f, labels=labels, offsets=offsets, sizes=sizes, classes=folder.classes, size=size, listing=listing)
     return len(labels)
 
-# %% ../../nbs/lab/b_2_packed.ipynb #e7dd46ab
-def pack(root: str | Path, to: str | Path, size: int = 256, workers: int | None = None) -> dict:
-    """Decode the pictures below `root` once into `to/{train,val}.u8`, short sides at most `size`. Broken ones are named
-    and left out. Returns {split: pictures}.
-
-    Where packed pictures lie beside the files that they were made of, the files are read. Raises DataError where of a
-    class nothing is left, or `to` cannot be written; what was packed there before then stays."""
-    if size < 1: raise DataError(f"size={size}: the short side of a packed picture has at least one pixel")
-    splits = {path.name: _unpacked(path) or Packed(path) for path in image_folders(root)}
-    files = {f"{Path(to)/name}.{kind}.part": f"{Path(to)/name}.{kind}" for name in splits for kind in ("u8", "npz")}
-    made = False
+# %% ../../nbs/lab/b_2_packed.ipynb #826bb4be
+@contextlib.contextmanager
+def _replacing(to: str | Path, files: list[Path]) -> Iterator[None]:
+    "While it lasts FILE.part is written into `to` for each of `files`. Then all take their places, or none is left."
+    parts, made = [Path(f"{f}.part") for f in files], False
     try:
         made = not Path(to).exists()
         Path(to).mkdir(parents=True, exist_ok=True)
-        out = {name: _pack(folder, Path(to)/name, size, workers) for name, folder in splits.items()}
-        for part, file in files.items(): os.replace(part, file)
+        yield
+        for part, file in zip(parts, files): os.replace(part, file)
     except OSError as e:
         raise DataError(f"{e.filename or to} {unusable(e)}: pack into a folder that can be written and has room") from e
     finally:
-        for part in files:
+        for part in parts:
             if os.path.isfile(part): os.unlink(part)
         if made:
             with contextlib.suppress(OSError): os.rmdir(to)                   # which holds nothing where this failed
-    return out
+
+# %% ../../nbs/lab/b_2_packed.ipynb #e75d9480
+def _source(path, size: int) -> Folder | Packed:
+    "The pictures of the split at `path`. Raises DataError where only packed ones are left, smaller than `size`."
+    if folder := _unpacked(path): return folder
+    packed = Packed(path)
+    if 0 < packed.size < size:
+        raise DataError(f"{path}.u8 was packed at {packed.size} pixels, and no pictures lie beside it to be read at "
+                        f"{size}")
+    return packed
+
+# %% ../../nbs/lab/b_2_packed.ipynb #e7dd46ab
+def pack(root: str | Path, to: str | Path, size: int = 256, workers: int | None = None) -> dict[str, int]:
+    """Decode the pictures below `root` once into `to/{train,val}.u8`, with short sides of at most `size` pixels, by as
+    many threads as `workers` says, or one for each core. Broken ones are named and left out. Returns {split: pictures}.
+
+    Raises DataError where of a class nothing is left, or `to` cannot be written; what was packed there before stays."""
+    if size < 1: raise DataError(f"size={size}: the short side of a packed picture has at least one pixel")
+    splits = {path.name: _source(path, size) for path in image_folders(root)}
+    with _replacing(to, [Path(to)/f"{name}.{kind}" for name in splits for kind in ("u8", "npz")]):
+        return {name: _pack(folder, Path(to)/name, size, workers) for name, folder in splits.items()}

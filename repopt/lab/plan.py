@@ -7,7 +7,6 @@ __all__ = ['gpus_for', 'footprint', 'seconds_an_image', 'loading_rate', 'plan', 
 
 # %% ../../nbs/lab/h_plan.ipynb #6ee47a19
 import shlex, sys, time
-from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -22,6 +21,7 @@ from .runs import arguments
 from .training import build_model, make_optimizer, train_step
 from .cli import cli
 from .recipes import Recipe, resolve
+from ..scales import Scales
 
 # %% ../../nbs/lab/h_plan.ipynb #2892c7f0
 def gpus_for(gpus: int | str, recipe: Recipe, nodes: int = 1) -> int:
@@ -64,7 +64,7 @@ def _valueless(opt):
 
 # %% ../../nbs/lab/h_plan.ipynb #c584816a
 def seconds_an_image(recipe: Recipe, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
-                     scales: Any = None, in_chans: int = 3, steps: int = 3) -> float:
+                     scales: Scales | None = None, in_chans: int = 3, steps: int = 3) -> float:
     "Median seconds of a training step over its images, on this machine's device, after one step to warm up"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe, images = replace(resolve(recipe, device), compile=False), min(
@@ -94,7 +94,7 @@ def loading_rate(loader: Any, seconds: float = 3.) -> float:
 
 # %% ../../nbs/lab/h_plan.ipynb #7e9e0e29
 def plan(recipe: Recipe | str, model: str | None = None, mode: str = "target", optimizer: str = "sgd",
-         scales: Mapping | str | None = None, seed: int = 0, data: Path | str | None = None, gpus: int | str = 1,
+         scales: Scales | None = None, seed: int = 0, data: Path | str | None = None, gpus: int | str = 1,
          nodes: int = 1, out: Path | str | None = None, time_it: bool = True) -> list[str]:
     "The lines of a dry run. ValueError where the data, the batch or the number of GPUs do not fit."
     recipe = resolve(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), "cuda" if torch.cuda.is_available()

@@ -24,14 +24,17 @@ ARMS = {"plain": "#333333", "RepVGG": "#e07b00", "RepOpt-VGG": "#0072b2", "√(2
 # other words for the same arms
 _SAME = {"plain SGD": "plain", "repvgg": "RepVGG", "searched": "RepOpt-VGG", "sqrt2l": "√(2/l)", "ones": "all 1",
          "all_1": "all 1", "initialization_only": "initialisation only", "gradients_only": "gradients only",
-         "repadamw": "RepOpt-VGG", **dict.fromkeys(("rmsprop", "adam", "adamw", "adafactor"), "adaptive optimizers")}
+         "repadamw": "RepOpt-VGG", "repopt_ghost": "RepOpt-VGG", "repghost": "RepVGG",
+         **dict.fromkeys(("rmsprop", "adam", "adamw", "adafactor"), "adaptive optimizers")}
 
 # %% ../../nbs/lab/n_plots.ipynb #19230b5a
 def arm(name: str) -> str:
-    "The colour of an arm, as `'#rrggbb'`. Raises ValueError for one that has none."
-    if (known := _SAME.get(name, name)) not in ARMS:
-        raise ValueError(f"the arm {name!r} has no colour: there are {', '.join(ARMS)}")
-    return ARMS[known]
+    """The colour of an arm, as `'#rrggbb'`; a variant, such as `searched_256`, has that of its arm.
+
+    Raises ValueError for one that has none."""
+    for known in (name, name.split("_")[0]):
+        if (same := _SAME.get(known, known)) in ARMS: return ARMS[same]
+    raise ValueError(f"the arm {name!r} has no colour: there are {', '.join(ARMS)}")
 
 # %% ../../nbs/lab/n_plots.ipynb #p1070008
 BRANCHES = {"conv": dict(label="3×3 (s)", color="#332288", marker="o"),
